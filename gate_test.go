@@ -1,0 +1,116 @@
+package pgxdrain
+
+import (
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+// The model of the gate is who is in, whether it was closed, and whether the token for "empty" is out.
+func TestGateCountsExactlyThoseItAdmitted(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		g := newGate()
+		in, closed, token := 0, false, false
+		leave := func() {
+			g.leave()
+			in--
+			token = token || closed && in == 0
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"enter": func(t *rapid.T) {
+				if g.enter() {
+					in++
+					if closed {
+						t.Fatal("admitted after close")
+					}
+					return
+				}
+				if !closed {
+					t.Fatal("refused while open")
+				}
+				token = token || in == 0 // a refusal may say once more that nobody is in
+			},
+			"enter under": func(t *rapid.T) {
+				if in == 0 {
+					t.Skip("nobody is in")
+				}
+				g.enterUnder()
+				in++
+			},
+			"leave": func(t *rapid.T) {
+				if in == 0 {
+					t.Skip("nobody is in")
+				}
+				leave()
+			},
+			"close": func(*rapid.T) {
+				if n := g.close(); n != in {
+					t.Fatalf("%d in when it closed, want %d", n, in)
+				}
+				closed = true
+				token = token || in == 0
+			},
+			"take the token": func(t *rapid.T) {
+				select {
+				case <-g.empty:
+					if !token {
+						t.Fatal("said to be empty without having been")
+					}
+					token = false
+				default:
+					if token {
+						t.Fatal("was empty and did not say so")
+					}
+				}
+			},
+			"": func(t *rapid.T) {
+				if g.count() != in || g.closed() != closed {
+					t.Fatalf("count %d, closed %v; want %d, %v", g.count(), g.closed(), in, closed)
+				}
+			},
+		})
+	})
+}
+
+func TestStress_GateAdmitsNobodyAfterCloseAndSaysWhenTheLastHasLeft(t *testing.T) {
+	t.Parallel()
+	for range 500 {
+		g := newGate()
+		var in, admittedLate atomic.Int64
+		var closed atomic.Bool
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				for range 50 {
+					late := closed.Load()
+					if !g.enter() {
+						continue
+					}
+					if late {
+						admittedLate.Add(1)
+					}
+					in.Add(1)
+					in.Add(-1)
+					g.leave()
+				}
+			})
+		}
+		g.close()
+		closed.Store(true)
+		for g.count() > 0 {
+			<-g.empty
+		}
+		if n := in.Load(); n != 0 {
+			t.Fatalf("%d in after the gate was empty", n)
+		}
+		wg.Wait()
+		if n := admittedLate.Load(); n != 0 {
+			t.Fatalf("%d admitted after close", n)
+		}
+		if n := g.count(); n != 0 {
+			t.Fatalf("count is %d at the end", n)
+		}
+	}
+}

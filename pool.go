@@ -1,0 +1,310 @@
+// Package pgxdrain is a drop-in for pgxpool that can be stopped at any moment, under load, without anybody noticing.
+//
+// [New] replaces pgxpool.New without another change to a service. The pool it returns is a real *pgxpool.Pool that knows
+// every query and transaction in progress. In the service's shutdown hook, [Pool.Shutdown] refuses new work, lets the work
+// in progress finish, closes the pool, says what happened, and returns by its deadline whatever happens.
+package pgxdrain
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/trace"
+)
+
+// Defaults of the options. A container is given 30 seconds between SIGTERM and SIGKILL by Kubernetes
+// (terminationGracePeriodSeconds); 20 leave 10 for what a service does before and after its pool.
+const (
+	defaultDrainTimeout = 20 * time.Second
+	defaultCancelGrace  = 2 * time.Second
+)
+
+// Pool is a [pgxpool.Pool] that can be drained. Every method that is not described here is pgxpool's own, with its types,
+// results and errors; the embedded *pgxpool.Pool may be handed to any library that wants one (River, database/sql through
+// pgx/v5/stdlib) and what it does is seen and drained all the same.
+//
+// Once a shutdown has closed the gate, every acquisition, by whichever way, fails at once with [ErrShuttingDown].
+type Pool struct {
+	*pgxpool.Pool
+
+	settings settings
+	user     *pgxpool.Config // what Config hands out: without our tracer and our keys
+	tracer   *tracer
+
+	draining context.Context // done, with cause ErrShuttingDown, from the moment Shutdown is called
+	shutdown *shutdown
+}
+
+// New creates a [Pool]. connString is pgxpool's, with these keys besides, each of which wins over the [Option] for the same
+// setting, so that an operator can tune a service without a build:
+//
+//   - pool_drain_timeout: duration greater than 0 (default 20s), see [WithDrainTimeout]
+//   - pool_cancel_grace: duration greater than 0 (default 2s), see [WithCancelGrace]
+//   - pool_initial_wait: duration 0 or greater (default 0), see [WithInitialWait]
+//   - pool_name: string (default host:port/database), see [WithPoolName]
+//
+// A string that pgxpool would not parse gives pgxpool's own error; a bad value of one of the keys above gives an error of
+// the same type that names the key. Neither shows the password.
+func New(ctx context.Context, connString string, opts ...Option) (*Pool, error) {
+	config, err := pgxpool.ParseConfig(connString)
+	if err != nil {
+		return nil, err
+	}
+	return NewWithConfig(ctx, config, opts...)
+}
+
+// NewWithConfig creates a [Pool] from config, which must have been created by [pgxpool.ParseConfig]; it panics, as
+// pgxpool.NewWithConfig does, if it was not. config is copied and never changed: changes made to it afterwards have no
+// effect. A tracer in config.ConnConfig.Tracer is kept and called before the pool's own. The connection-string keys of [New]
+// are read from config as well.
+func NewWithConfig(ctx context.Context, config *pgxpool.Config, opts ...Option) (*Pool, error) {
+	if config.ConnConfig == nil {
+		_, err := pgxpool.NewWithConfig(ctx, config) // panics, with its own message
+		return nil, err
+	}
+
+	user := config.Copy()
+	user.ConnConfig.Tracer = withoutOurs(user.ConnConfig.Tracer)
+	settings, err := newSettings(user, opts)
+	if err != nil {
+		return nil, err
+	}
+
+	t := newTracer(user.MaxConns)
+	own := user.Copy()
+	own.ConnConfig.Tracer = t.after(user.ConnConfig.Tracer)
+	own.BeforeConnect = func(ctx context.Context, cc *pgx.ConnConfig) error {
+		if user.BeforeConnect != nil {
+			if err := user.BeforeConnect(ctx, cc); err != nil {
+				return err
+			}
+		}
+		cc.Tracer = t.after(withoutOurs(cc.Tracer)) // the hook may have set a tracer of its own for this connection
+		return nil
+	}
+	own.BeforeClose = func(conn *pgx.Conn) {
+		if r := t.record(conn); r != nil {
+			t.forget(r) // first: the user's hook may hang
+		}
+		if user.BeforeClose != nil {
+			user.BeforeClose(conn)
+		}
+	}
+
+	pool, err := pgxpool.NewWithConfig(ctx, own)
+	if err != nil {
+		return nil, err
+	}
+	// Nobody can acquire before New has returned, so the hooks that read t.pool happen after this write. The hooks that
+	// run already, of connections made in the background for MinConns, do not read it.
+	t.pool = pool
+
+	p := &Pool{Pool: pool, settings: settings, user: user, tracer: t}
+	p.shutdown = newShutdown(p)
+	return p, nil
+}
+
+// Close is [Pool.Shutdown] with the configured timeout as its budget (see [WithDrainTimeout]). Unlike pgxpool's Close it
+// does not wait for ever for a connection that is never released. What Shutdown would have returned is logged. It is safe to
+// call more than once, and after Shutdown.
+func (p *Pool) Close() {
+	_ = p.Shutdown(context.Background()) // reported by the shutdown's last log line
+}
+
+// Active returns the operations in progress: the connections that are acquired, each with its statement and its transaction,
+// the longest held first. It is a snapshot; each entry is consistent in itself. Callers that still wait for a connection
+// have none; [Report.Waiting] counts them. A connection that was taken over with Hijack is its caller's own and is left out.
+func (p *Pool) Active() []Operation {
+	p.tracer.reconcile()
+	return p.active()
+}
+
+func (p *Pool) active() []Operation {
+	var ops []Operation
+	text := p.settings.queryText.cached()
+	for _, r := range p.tracer.records() {
+		if op, ok := r.operation(text); ok {
+			ops = append(ops, op)
+		}
+	}
+	slices.SortFunc(ops, longestHeld)
+	return ops
+}
+
+func longestHeld(a, b Operation) int {
+	return cmp.Or(a.AcquiredAt.Compare(b.AcquiredAt), cmp.Compare(a.PID, b.PID))
+}
+
+// Draining returns a channel that is closed when Shutdown or Close is called: before the gate closes, while the initial
+// wait runs. Readiness probes and loops that take in work should look at it. See also [Pool.DrainContext].
+func (p *Pool) Draining() <-chan struct{} { return p.draining.Done() }
+
+// DrainContext returns a copy of ctx that is cancelled, with the cause [ErrShuttingDown], when Shutdown is called. It is for
+// work that would not end by itself: a LISTEN loop, a poller. Work that should be left to finish must not use it. The
+// CancelFunc releases what the context holds and should be called as soon as the work is done.
+func (p *Pool) DrainContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	if p.draining.Err() != nil {
+		cancel(ErrShuttingDown) // now: AfterFunc would do it a moment later, in a goroutine
+	}
+	stop := context.AfterFunc(p.draining, func() { cancel(ErrShuttingDown) })
+	return ctx, func() {
+		stop()
+		cancel(context.Canceled)
+	}
+}
+
+// AcquireAllIdle is pgxpool's AcquireAllIdle, counted: the connections it returns are active until they are released. While
+// the pool refuses work it returns none.
+func (p *Pool) AcquireAllIdle(ctx context.Context) []*pgxpool.Conn {
+	if !p.tracer.gate.enter() {
+		p.tracer.refused.Add(1)
+		return nil
+	}
+	defer p.tracer.gate.leave()
+	conns := p.Pool.AcquireAllIdle(ctx)
+	for _, c := range conns {
+		p.tracer.gate.enterUnder() // our own entry is still in
+		p.tracer.acquired(ctx, c.Conn())
+	}
+	return conns
+}
+
+// Config returns a copy of the config that the pool was made from, without what pgxdrain added: it can build another pool,
+// of pgxdrain or of pgxpool. The connection-string keys of [New] are taken out of its RuntimeParams, where the server would
+// refuse them; [pgxpool.Config.ConnString] still has them.
+func (p *Pool) Config() *pgxpool.Config { return p.user.Copy() }
+
+// Option changes a setting of a pool. See [New] for the connection-string keys that do the same.
+type Option func(*settings)
+
+// WithDrainTimeout sets the whole budget of a Shutdown whose ctx has no deadline, and of Close: initial wait, drain and close
+// together. It must be greater than 0. Defaults to 20 s.
+func WithDrainTimeout(d time.Duration) Option {
+	return func(s *settings) { s.drainTimeout = d }
+}
+
+// WithCancelGrace sets how much of the end of the budget is kept for what comes after the drain: ending what is left and
+// closing the pool. It must be greater than 0; at most half of the budget is kept. Defaults to 2 s.
+func WithCancelGrace(d time.Duration) Option {
+	return func(s *settings) { s.cancelGrace = d }
+}
+
+// WithInitialWait sets how long a shutdown goes on admitting work after [Pool.Draining] was closed, so that load balancers
+// can take notice before the first refusal. It is part of the budget and never reaches into the cancel grace. Defaults to 0.
+func WithInitialWait(d time.Duration) Option {
+	return func(s *settings) { s.initialWait = d }
+}
+
+// WithLogger sets the logger of the progress and the result of a shutdown; in normal running the pool logs nothing.
+// Defaults to what [slog.Default] returns at the time of the shutdown.
+func WithLogger(l *slog.Logger) Option {
+	return func(s *settings) { s.logger = l }
+}
+
+// WithTracerProvider sets the provider of the spans of a shutdown. Defaults to the global one, [otel.GetTracerProvider].
+func WithTracerProvider(tp trace.TracerProvider) Option {
+	return func(s *settings) { s.tracerProvider = tp }
+}
+
+// WithPoolName sets the name that logs, reports and telemetry give the pool (db.client.connection.pool.name). Defaults to
+// host:port/database.
+func WithPoolName(name string) Option {
+	return func(s *settings) { s.poolName = name }
+}
+
+// WithQueryText sets what of a statement's text may be seen in operations, reports, logs, errors and spans. Arguments never
+// are. Defaults to [QueryTextSanitized].
+func WithQueryText(mode QueryText) Option {
+	return func(s *settings) { s.queryText = mode }
+}
+
+// settings is what the options and the connection-string keys come to.
+type settings struct {
+	drainTimeout   time.Duration
+	cancelGrace    time.Duration
+	initialWait    time.Duration
+	logger         *slog.Logger // nil: slog.Default at the time of the shutdown
+	tracerProvider trace.TracerProvider
+	poolName       string
+	queryText      QueryText
+}
+
+// newSettings applies the options and then the connection-string keys, which it takes out of config.
+func newSettings(config *pgxpool.Config, opts []Option) (settings, error) {
+	cc := config.ConnConfig
+	// Stands for the connection string in errors too: what pgconn leaves of one has its password taken out by best effort.
+	address := net.JoinHostPort(cc.Host, strconv.Itoa(int(cc.Port))) + "/" + cmp.Or(cc.Database, cc.User)
+	s := settings{
+		drainTimeout:   defaultDrainTimeout,
+		cancelGrace:    defaultCancelGrace,
+		tracerProvider: otel.GetTracerProvider(),
+		poolName:       address,
+	}
+	for _, opt := range opts {
+		opt(&s)
+	}
+
+	durations := []struct {
+		key, option string
+		value       *time.Duration
+		least       time.Duration
+		rule        string
+	}{
+		{"pool_drain_timeout", "WithDrainTimeout", &s.drainTimeout, 1, "must be greater than 0"},
+		{"pool_cancel_grace", "WithCancelGrace", &s.cancelGrace, 1, "must be greater than 0"},
+		{"pool_initial_wait", "WithInitialWait", &s.initialWait, 0, "must not be negative"},
+	}
+	for _, d := range durations {
+		if *d.value < d.least {
+			return s, fmt.Errorf("pgxdrain: %s %s, got %v", d.option, d.rule, *d.value)
+		}
+		text, ok := takeParam(cc, d.key)
+		if !ok {
+			continue
+		}
+		v, err := time.ParseDuration(text)
+		if err != nil {
+			return s, pgconn.NewParseConfigError(address, "cannot parse "+d.key, err)
+		}
+		if v < d.least {
+			return s, pgconn.NewParseConfigError(address, d.key+" "+d.rule, nil)
+		}
+		*d.value = v
+	}
+	if name, ok := takeParam(cc, "pool_name"); ok {
+		s.poolName = name
+	}
+
+	switch {
+	case s.poolName == "":
+		return s, fmt.Errorf("pgxdrain: the pool name (WithPoolName, pool_name) must not be empty")
+	case s.tracerProvider == nil:
+		return s, fmt.Errorf("pgxdrain: WithTracerProvider must not be given nil")
+	case !s.queryText.valid():
+		return s, fmt.Errorf("pgxdrain: WithQueryText: %d is not one of its modes", s.queryText)
+	}
+	return s, nil
+}
+
+// takeParam takes a pool key out of the parameters that would be sent to the server, as pgxpool.ParseConfig does.
+func takeParam(cc *pgx.ConnConfig, key string) (value string, ok bool) {
+	value, ok = cc.RuntimeParams[key]
+	delete(cc.RuntimeParams, key)
+	return value, ok
+}
+
+// log returns the logger to use now.
+func (s *settings) log() *slog.Logger {
+	return cmp.Or(s.logger, slog.Default())
+}

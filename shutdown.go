@@ -1,0 +1,612 @@
+package pgxdrain
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/puddle/v2"
+)
+
+// ErrShuttingDown is the error of an acquisition that was refused because the pool is shutting down, or has shut down. Nothing
+// was sent to the server: the work can be given back to its queue, or the request answered with 503.
+//
+// errors.Is finds it to match puddle.ErrClosedPool as well, which a closed pgxpool returns. It never matches context.Canceled.
+var ErrShuttingDown error = shuttingDownError{}
+
+type shuttingDownError struct{}
+
+func (shuttingDownError) Error() string { return "pgxdrain: pool is shutting down" }
+
+func (shuttingDownError) Is(target error) bool { return target == puddle.ErrClosedPool }
+
+// Outcome is how an operation that a shutdown waited for has ended.
+type Outcome string
+
+const (
+	OutcomeDrained Outcome = "drained" // its connection was released in time
+	OutcomeLeaked  Outcome = "leaked"  // its connection had not been released when Shutdown returned
+)
+
+// Step is a step of a shutdown. They come in the order of the constants.
+type Step string
+
+const (
+	StepOpen    Step = "open"    // Shutdown has not been called
+	StepUnready Step = "unready" // Draining is closed; still admitting, for the initial wait
+	StepDrain   Step = "drain"   // refusing; waiting for the work in progress
+	StepClose   Step = "close"   // closing the connections
+	StepClosed  Step = "closed"  // the report is final
+)
+
+// Report says what a shutdown did, or has done so far.
+//
+// Operations are those that were active when the gate closed, and those of the callers who were waiting for a connection then
+// and got their turn. In a final report each has exactly one outcome: Active + Admitted, len(Operations) and the sum of the
+// outcomes are the same.
+type Report struct {
+	Pool   string // the pool's name
+	Step   Step
+	Budget time.Duration // from Start to the deadline; 0 before a shutdown
+	Start  time.Time     // when Shutdown was called; zero before
+	Took   time.Duration // since Start, to now or to the return of Shutdown
+
+	Active   int   // operations active when the gate closed; before that, now
+	Waiting  int   // callers waiting for a connection when the gate closed; before that, now
+	Admitted int   // those of Waiting that got their turn
+	Refused  int64 // acquisitions refused since the gate closed
+
+	Drained int // operations by outcome
+	Leaked  int
+
+	// Operations, the longest held first. One that has ended is shown as it was when the gate closed (or its turn came),
+	// with its Outcome and how long it was Held in the end; one in progress as it is now.
+	Operations []Operation
+
+	refusedAt            time.Time // when the gate closed
+	closeStart, closeEnd time.Time // of the close step
+	closed               bool      // pgxpool's Close had returned by closeEnd
+}
+
+// Remaining returns the operations that have not ended, or did not end in time: all but those that drained.
+func (r *Report) Remaining() []Operation {
+	var ops []Operation
+	for _, op := range r.Operations {
+		if op.Outcome != OutcomeDrained {
+			ops = append(ops, op)
+		}
+	}
+	return ops
+}
+
+// ShutdownError is the error of a shutdown that did not end by itself: the pool could not be drained and closed in time.
+// errors.Is finds context.DeadlineExceeded in it, or, if the ctx of a Shutdown was cancelled, the cause of that.
+type ShutdownError struct {
+	Report
+	cause error
+}
+
+// maxNamed is how many stragglers an error's text names.
+const maxNamed = 10
+
+func (e *ShutdownError) Error() string {
+	var b strings.Builder
+	left := e.Remaining()
+	fmt.Fprintf(&b, "pgxdrain: pool %s: ", e.Pool)
+	if len(left) == 0 {
+		fmt.Fprintf(&b, "drained, but not closed within %v: a connection is not back or does not close", e.Took.Round(time.Millisecond))
+	} else {
+		fmt.Fprintf(&b, "%d of %d operations not drained within %v: ", len(left), len(e.Operations), e.Took.Round(time.Millisecond))
+	}
+	for i, op := range left {
+		if i > 0 {
+			b.WriteString("; ")
+		}
+		if i == maxNamed {
+			fmt.Fprintf(&b, "and %d more", len(left)-i)
+			break
+		}
+		b.WriteString(op.describe())
+	}
+	return b.String()
+}
+
+func (e *ShutdownError) Unwrap() error { return e.cause }
+
+// describe names an operation in an error's text and in progress lines.
+func (op Operation) describe() string {
+	var b strings.Builder
+	if op.Outcome != "" {
+		fmt.Fprintf(&b, "%s: ", op.Outcome)
+	}
+	fmt.Fprintf(&b, "%s, held for %v, pid %d", op.State, op.Held.Round(time.Millisecond), op.PID)
+	if op.Statement != "" {
+		fmt.Fprintf(&b, ", %q", op.Statement)
+	}
+	return b.String()
+}
+
+// Shutdown drains the pool and closes it. In this order it
+//
+//  1. closes [Pool.Draining], so that readiness fails, and goes on admitting work for the initial wait ([WithInitialWait]);
+//  2. refuses: from now on every acquisition fails at once with [ErrShuttingDown]. Callers already waiting for a connection
+//     keep their turn; on connections already held, statements, transactions, rows, batches and copies go on;
+//  3. waits until every connection has been released;
+//  4. closes the pool, as pgxpool's Close does.
+//
+// It returns nil if all of that was done in time, and else a *[ShutdownError] that names each operation that was left.
+//
+// The deadline is ctx's, or the drain timeout from now ([WithDrainTimeout]) if ctx has none. Shutdown returns by then, whatever
+// happens. The wait of step 3 ends the cancel grace ([WithCancelGrace]) before the deadline, and at once when ctx is cancelled
+// before its deadline, as a second SIGTERM would do it: then the deadline is the cancel grace from there. So it is when ctx is
+// done already; Shutdown goes through all its steps even then.
+//
+// Shutdown may be called again, at the same time or later: every call waits for the one shutdown and returns its result.
+// When the ctx of any of them ends, the wait of step 3 ends.
+//
+// A connection taken over with Hijack is its caller's own: Shutdown neither waits for it nor closes it.
+func (p *Pool) Shutdown(ctx context.Context) error {
+	s := p.shutdown
+	s.once.Do(func() { s.begin(ctx) })
+	select {
+	case <-s.done:
+		return s.result()
+	case <-s.overdue.rang:
+		return s.result()
+	case <-ctx.Done():
+		s.hurry(context.Cause(ctx))
+	}
+	select {
+	case <-s.done:
+	case <-s.overdue.rang:
+	}
+	return s.result()
+}
+
+// Report says what the shutdown has done so far, or, once it is over, what it did. Before one it says what is going on now.
+func (p *Pool) Report() Report {
+	p.tracer.reconcile()
+	return p.shutdown.report()
+}
+
+// shutdown is the one shutdown of a pool. It exists from the beginning and begins with the first call of Shutdown.
+type shutdown struct {
+	pool    *Pool
+	unready context.CancelCauseFunc // ends Pool.draining
+	once    sync.Once               // begin
+	done    chan struct{}
+
+	refuseAt *alarm // the initial wait ends
+	cancelAt *alarm // the drain ends
+	deadline *alarm
+	overdue  *alarm // Shutdown returns, although a log handler or a span processor does not
+
+	// What is logged and traced is written by a goroutine of its own: a handler that hangs holds up no step.
+	log    *slog.Logger
+	toTell chan func()
+
+	result func() error // makes the report final, once, and returns the error that goes with it
+
+	mu       sync.Mutex
+	step     Step
+	plan     plan
+	hurried  bool
+	cause    error  // of the ShutdownError, if there is to be one
+	noted    Report // what has been noted so far, and in the end the final report
+	inAtFlip int    // at the gate, when it closed
+	followed []*followed
+}
+
+const (
+	// reconcileEvery is the interval between looks for connections that were hijacked, which no event tells of: the longest
+	// that one of them can hold up the end of a drain.
+	reconcileEvery = 20 * time.Millisecond
+
+	progressEvery = time.Second
+
+	// overdueAfter is how long after the deadline the last lines and spans may take.
+	overdueAfter = 25 * time.Millisecond
+)
+
+func newShutdown(p *Pool) *shutdown {
+	s := &shutdown{
+		pool:   p,
+		done:   make(chan struct{}),
+		toTell: make(chan func(), 1024), // a line a second and a few: not full unless the handler hangs
+		step:   StepOpen,
+		cause:  context.DeadlineExceeded,
+		noted:  Report{Pool: p.settings.poolName},
+	}
+	s.result = sync.OnceValue(s.makeFinal)
+	p.draining, s.unready = context.WithCancelCause(context.Background())
+	p.tracer.shutdown = s
+	return s
+}
+
+// begin makes the plan and starts the shutdown in the background: it has to go on whatever becomes of its caller.
+func (s *shutdown) begin(ctx context.Context) {
+	settings := &s.pool.settings
+	s.log = settings.log().With("pool", settings.poolName)
+	start := time.Now()
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = start.Add(settings.drainTimeout)
+	}
+	p := newPlan(start, deadline, settings.initialWait, settings.cancelGrace)
+	s.refuseAt, s.cancelAt = newAlarm(p.refuse), newAlarm(p.cancel)
+	s.deadline, s.overdue = newAlarm(p.deadline), newAlarm(p.deadline.Add(overdueAfter))
+	s.note(func(r *Report) { s.plan, r.Start = p, start })
+	if ctx.Err() != nil {
+		s.hurry(context.Cause(ctx))
+	}
+	go s.run(context.WithoutCancel(ctx))
+}
+
+// run is the shutdown, step by step.
+func (s *shutdown) run(ctx context.Context) {
+	told := s.startTelling()
+	s.stopBeingReady()
+	s.refuse()
+	s.drain()
+	s.close()
+	s.finish(ctx)
+	<-told
+	close(s.done)
+}
+
+// stopBeingReady lets everybody know, and waits, still admitting, for the load balancers to take it in.
+func (s *shutdown) stopBeingReady() {
+	s.note(func(*Report) { s.step = StepUnready })
+	s.unready(ErrShuttingDown)
+	<-s.refuseAt.rang
+}
+
+// refuse closes the gate and takes down what is active behind it.
+func (s *shutdown) refuse() {
+	t := s.pool.tracer
+	t.reconcile()
+	admitted := t.gate.close()
+	s.note(func(r *Report) {
+		s.step, s.inAtFlip = StepDrain, admitted
+		r.refusedAt = time.Now()
+	})
+	text := s.pool.settings.queryText.cached()
+	for _, r := range t.records() {
+		s.follow(r, r.lease(), text)
+	}
+	r := s.report()
+	left := time.Until(s.drainEnd())
+	s.tell(func() {
+		s.log.Info("pgxdrain: draining, new work is refused",
+			"active", r.Active, "waiting", r.Waiting, "left", left.Round(time.Millisecond))
+	})
+}
+
+// drain waits until all that was admitted has left, or until it is time to end it.
+func (s *shutdown) drain() {
+	gate := &s.pool.tracer.gate
+	look := time.NewTicker(reconcileEvery)
+	defer look.Stop()
+	progress := time.NewTicker(progressEvery)
+	defer progress.Stop()
+	for gate.count() > 0 {
+		select {
+		case <-gate.empty:
+		case <-look.C:
+			s.pool.tracer.reconcile()
+		case <-progress.C:
+			s.tellProgress()
+		case <-s.cancelAt.rang:
+			return
+		}
+	}
+}
+
+// close closes the pool. pgxpool's Close waits for every connection to come back, and up to 15 s for each to close, and
+// cannot be told to stop: at the deadline it is left to itself.
+func (s *shutdown) close() {
+	s.note(func(r *Report) { s.step, r.closeStart = StepClose, time.Now() })
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		s.pool.Pool.Close()
+	}()
+	inTime := false
+	select {
+	case <-closed:
+		inTime = true
+	case <-s.deadline.rang:
+	}
+	s.note(func(r *Report) { r.closed, r.closeEnd = inTime, time.Now() })
+}
+
+// finish makes the report final and tells of it.
+func (s *shutdown) finish(ctx context.Context) {
+	err := s.result()
+	for _, a := range []*alarm{s.refuseAt, s.cancelAt, s.deadline} {
+		a.timer.Stop()
+	}
+	report := s.report()
+	s.tell(func() {
+		logResult(s.log, &report, err)
+		traceShutdown(ctx, &s.pool.settings, &report, err)
+	})
+	close(s.toTell)
+}
+
+// makeFinal gives every operation that has no outcome its last one. It is called through result.
+func (s *shutdown) makeFinal() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.reportLocked()
+	for i := range r.Operations {
+		if r.Operations[i].Outcome == "" {
+			r.Operations[i].Outcome = OutcomeLeaked
+		}
+	}
+	r.count()
+	s.step, r.Step = StepClosed, StepClosed
+	s.noted, s.followed = r, nil
+	if len(r.Remaining()) == 0 && r.closed {
+		return nil
+	}
+	return &ShutdownError{Report: r.clone(), cause: s.cause}
+}
+
+// hurry brings the end of the drain forward to now, because of cause.
+func (s *shutdown) hurry(cause error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.hurried || s.step == StepClosed {
+		return
+	}
+	s.hurried, s.cause = true, cause
+	s.plan = s.plan.hurry(time.Now(), s.pool.settings.cancelGrace)
+	s.refuseAt.set(s.plan.refuse)
+	s.cancelAt.set(s.plan.cancel)
+	s.deadline.set(s.plan.deadline)
+	s.overdue.set(s.plan.deadline.Add(overdueAfter))
+}
+
+// drainEnd is when the drain will be ended.
+func (s *shutdown) drainEnd() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.plan.cancel
+}
+
+// note changes what is known of the shutdown.
+func (s *shutdown) note(change func(*Report)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change(&s.noted)
+}
+
+// report is what Pool.Report returns.
+func (s *shutdown) report() Report {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.reportLocked()
+}
+
+// Caller of this method must hold s.mu!
+func (s *shutdown) reportLocked() Report {
+	if s.step == StepClosed {
+		return s.noted.clone()
+	}
+	r := s.noted
+	r.Step = s.step
+	if !r.Start.IsZero() {
+		r.Budget, r.Took = s.plan.deadline.Sub(r.Start), time.Since(r.Start)
+	}
+	if r.refusedAt.IsZero() {
+		r.Waiting = s.pool.tracer.waiting()
+		r.Operations = s.pool.active()
+		r.Active = len(r.Operations)
+		return r
+	}
+	r.Refused = s.pool.tracer.refused.Load()
+	text := s.pool.settings.queryText.cached()
+	notWaiting := 0
+	for _, f := range s.followed {
+		if !f.admitted {
+			notWaiting++
+		}
+		switch {
+		case f.hijacked:
+			continue
+		case f.admitted:
+			r.Admitted++
+		default:
+			r.Active++
+		}
+		r.Operations = append(r.Operations, f.seen(text))
+	}
+	r.Waiting = s.inAtFlip - notWaiting
+	slices.SortFunc(r.Operations, longestHeld)
+	r.count()
+	return r
+}
+
+func (r *Report) clone() Report {
+	c := *r
+	c.Operations = slices.Clone(r.Operations)
+	return c
+}
+
+// count counts the operations by outcome.
+func (r *Report) count() {
+	r.Drained, r.Leaked = 0, 0
+	for _, op := range r.Operations {
+		switch op.Outcome {
+		case OutcomeDrained:
+			r.Drained++
+		case OutcomeLeaked:
+			r.Leaked++
+		}
+	}
+}
+
+// plan is how a budget is shared among the steps.
+type plan struct {
+	refuse   time.Time // the initial wait ends
+	cancel   time.Time // the drain ends
+	deadline time.Time
+}
+
+// newPlan divides the time from start to deadline. If there is none it grants a grace, to end what is left.
+func newPlan(start, deadline time.Time, initialWait, grace time.Duration) plan {
+	budget := deadline.Sub(start)
+	if budget <= 0 {
+		return plan{refuse: start, cancel: start, deadline: start.Add(grace)}
+	}
+	cancel := deadline.Add(-min(grace, budget/2))
+	refuse := start.Add(initialWait)
+	if refuse.After(cancel) {
+		refuse = cancel
+	}
+	return plan{refuse: refuse, cancel: cancel, deadline: deadline}
+}
+
+// hurry ends the drain now, and leaves a grace from here unless the deadline is nearer.
+func (p plan) hurry(now time.Time, grace time.Duration) plan {
+	if !now.Before(p.cancel) {
+		return p
+	}
+	p.cancel = now
+	if p.refuse.After(now) {
+		p.refuse = now
+	}
+	if d := now.Add(grace); d.Before(p.deadline) {
+		p.deadline = d
+	}
+	return p
+}
+
+// alarm is a moment to wait for that can be brought forward.
+type alarm struct {
+	rang  chan struct{} // closed at the moment
+	timer *time.Timer
+}
+
+func newAlarm(at time.Time) *alarm {
+	a := &alarm{rang: make(chan struct{})}
+	ring := sync.OnceFunc(func() { close(a.rang) }) // a timer that was set again after it fired fires twice
+	a.timer = time.AfterFunc(time.Until(at), ring)
+	return a
+}
+
+func (a *alarm) set(at time.Time) { a.timer.Reset(time.Until(at)) }
+
+// followed is an operation that the shutdown waits for, until it has an outcome.
+type followed struct {
+	shutdown *shutdown
+	record   *record
+	lease    uint32
+
+	// Guarded by the shutdown's mutex.
+	op       Operation // as it was when the following began, but for its outcome
+	admitted bool      // its caller was waiting when the gate closed
+	hijacked bool      // its connection is not the pool's any more
+}
+
+// follow begins to follow the lease l of r, unless that is none, is over, or is followed already.
+func (s *shutdown) follow(r *record, l lease, text func(string) string) *followed {
+	if !l.leased {
+		return nil
+	}
+	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, text)}
+	if !r.attach(f) {
+		return nil
+	}
+	s.note(func(*Report) { s.followed = append(s.followed, f) })
+	return f
+}
+
+// admitted follows a lease that began while the gate was closed: its caller was waiting when it closed.
+func (s *shutdown) admitted(r *record) {
+	if f := s.follow(r, r.lease(), s.pool.settings.queryText.of); f != nil {
+		s.note(func(*Report) { f.admitted = true })
+	}
+}
+
+// missed notes a lease that was there when the gate closed and has ended before refuse came to it.
+func (s *shutdown) missed(r *record, l *lease) {
+	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, s.pool.settings.queryText.of)}
+	s.note(func(*Report) { s.followed = append(s.followed, f) })
+	f.ended(OutcomeDrained)
+}
+
+// ended notes the outcome of f.
+func (f *followed) ended(outcome Outcome) {
+	f.shutdown.note(func(*Report) {
+		f.op.Outcome = outcome
+		f.op.Held = time.Since(f.op.AcquiredAt)
+	})
+}
+
+// lost notes that f's connection was taken over with Hijack.
+func (f *followed) lost() {
+	f.shutdown.note(func(*Report) { f.hijacked = true })
+}
+
+// seen is f as it is now, or as it ended. Caller of this method must hold the shutdown's mutex!
+func (f *followed) seen(text func(string) string) Operation {
+	if f.op.Outcome == "" {
+		if l := f.record.lease(); l.leased && l.number == f.lease {
+			return l.operation(f.record.pid, text)
+		}
+	}
+	return f.op
+}
+
+// startTelling starts the goroutine that logs and traces, and returns a channel that is closed when all has been told.
+func (s *shutdown) startTelling() <-chan struct{} {
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		for f := range s.toTell {
+			f()
+		}
+	}()
+	return told
+}
+
+// tell has f called when those before it have returned. It is for run's steps only: finish ends it.
+func (s *shutdown) tell(f func()) {
+	select {
+	case s.toTell <- f:
+	default: // the handler hangs
+	}
+}
+
+func (s *shutdown) tellProgress() {
+	r := s.report()
+	left := time.Until(s.drainEnd())
+	s.tell(func() {
+		remaining := r.Remaining()
+		oldest := make([]string, 0, 3)
+		for _, op := range remaining[:min(3, len(remaining))] {
+			oldest = append(oldest, op.describe())
+		}
+		s.log.Info("pgxdrain: still draining", "remaining", len(remaining), "left", left.Round(time.Millisecond), "oldest", oldest)
+	})
+}
+
+func logResult(log *slog.Logger, r *Report, err error) {
+	for _, op := range r.Remaining() {
+		log.Warn("pgxdrain: not drained",
+			"outcome", op.Outcome, "state", op.State, "held", op.Held.Round(time.Millisecond), "pid", op.PID, "statement", op.Statement)
+	}
+	took := r.Took.Round(time.Millisecond)
+	if err != nil {
+		log.Error("pgxdrain: not drained and closed in time",
+			"took", took, "drained", r.Drained, "leaked", r.Leaked, "refused", r.Refused, "closed", r.closed)
+		return
+	}
+	log.Info("pgxdrain: drained and closed", "took", took, "drained", r.Drained, "refused", r.Refused)
+}

@@ -1,0 +1,719 @@
+package pgxdrain_test
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/jackc/puddle/v2"
+
+	"github.com/pgxdrain/pgxdrain"
+	"github.com/pgxdrain/pgxdrain/internal/pgtest"
+)
+
+// late is how long after its deadline Shutdown may return: 50 ms on a quiet machine, and tests share theirs.
+const late = 50*time.Millisecond + 2*time.Second
+
+// startShutdown calls Shutdown and returns once the gate is closed.
+func startShutdown(t testing.TB, ctx context.Context, pool *pgxdrain.Pool) (result <-chan error) {
+	t.Helper()
+	c := make(chan error, 1)
+	go func() { c <- pool.Shutdown(ctx) }()
+	eventually(t, "the gate closes", func() bool {
+		s := pool.Report().Step
+		return s != pgxdrain.StepOpen && s != pgxdrain.StepUnready
+	})
+	return c
+}
+
+func wantShutdownError(t testing.TB, err error) *pgxdrain.ShutdownError {
+	t.Helper()
+	var e *pgxdrain.ShutdownError
+	if !errors.As(err, &e) {
+		t.Fatalf("got %v (%T), want a *ShutdownError", err, err)
+	}
+	return e
+}
+
+// brief is a report without its operations.
+func brief(r pgxdrain.Report) string {
+	n := len(r.Operations)
+	r.Operations = nil
+	return fmt.Sprintf("%d operations, %+v", n, r)
+}
+
+// checkReport checks what holds of every final report.
+func checkReport(t testing.TB, r pgxdrain.Report) {
+	t.Helper()
+	outcomes := map[pgxdrain.Outcome]int{}
+	for _, op := range r.Operations {
+		outcomes[op.Outcome]++
+	}
+	counts := map[pgxdrain.Outcome]int{pgxdrain.OutcomeDrained: r.Drained, pgxdrain.OutcomeLeaked: r.Leaked}
+	sum := 0
+	for outcome, n := range counts {
+		sum += n
+		if outcomes[outcome] != n {
+			t.Errorf("%d operations %s, the count is %d", outcomes[outcome], outcome, n)
+		}
+	}
+	if sum != len(r.Operations) || r.Active+r.Admitted != sum || r.Admitted > r.Waiting {
+		t.Errorf("the counts do not add up: %s", brief(r))
+	}
+	if r.Step != pgxdrain.StepClosed || r.Took <= 0 || r.Start.IsZero() {
+		t.Errorf("not a final report: %s", brief(r))
+	}
+}
+
+func TestShutdownOfAnIdlePoolReturnsAtOnceAndClosesIt(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "")
+	if err := pool.Ping(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	look := observer(t, pool)
+	if err := pool.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r := pool.Report()
+	checkReport(t, r)
+	if r.Took > timeout/10 || len(r.Operations) != 0 {
+		t.Errorf("got %s", brief(r))
+	}
+	if n := pool.Stat().TotalConns(); n != 0 {
+		t.Errorf("%d connections left in the pool", n)
+	}
+	eventually(t, "no session of ours is left", func() bool { return sessions(t, look) == 0 })
+}
+
+// sessions counts the sessions in the database of look, without its own.
+func sessions(t testing.TB, look *pgx.Conn) (n int) {
+	t.Helper()
+	err := look.QueryRow(t.Context(), `
+		select count(*) from pg_stat_activity
+		where datname = current_database() and pid <> pg_backend_pid()`).Scan(&n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func TestEveryWayToAcquireIsRefusedAtOnceWithExactlyErrShuttingDown(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "")
+	db := stdlib.OpenDBFromPool(pool.Pool)
+	defer db.Close()
+	held := acquire(t, pool)
+	result := startShutdown(t, testContext(t), pool)
+	defer func() {
+		held.Release()
+		if err := <-result; err != nil {
+			t.Error(err)
+		}
+	}()
+
+	ctx := context.Background()
+	ways := map[string]func() error{
+		"Acquire":     func() error { _, err := pool.Acquire(ctx); return err },
+		"AcquireFunc": func() error { return pool.AcquireFunc(ctx, nil) },
+		"Exec":        func() error { _, err := pool.Exec(ctx, "select 1"); return err },
+		"Query":       func() error { _, err := pool.Query(ctx, "select 1"); return err },
+		"QueryRow":    func() error { return pool.QueryRow(ctx, "select 1").Scan(nil) },
+		"Begin":       func() error { _, err := pool.Begin(ctx); return err },
+		"BeginFunc":   func() error { return pgx.BeginFunc(ctx, pool, nil) },
+		"SendBatch": func() error {
+			b := &pgx.Batch{}
+			b.Queue("select 1")
+			return pool.SendBatch(ctx, b).Close()
+		},
+		"CopyFrom": func() error {
+			_, err := pool.CopyFrom(ctx, pgx.Identifier{"n"}, []string{"n"}, pgx.CopyFromRows(nil))
+			return err
+		},
+		"Ping":             func() error { return pool.Ping(ctx) },
+		"raw pool":         func() error { return pool.Pool.Ping(ctx) },
+		"database/sql":     func() error { return db.PingContext(ctx) },
+		"database/sql, tx": func() error { _, err := db.BeginTx(ctx, &sql.TxOptions{}); return err },
+	}
+	start := time.Now()
+	for name, way := range ways {
+		err := way()
+		if err != pgxdrain.ErrShuttingDown {
+			t.Errorf("%s: got %v (%T)", name, err, err)
+		}
+		if !errors.Is(err, puddle.ErrClosedPool) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: %v matches the wrong errors", name, err)
+		}
+	}
+	if took := time.Since(start); took > time.Second {
+		t.Errorf("refusing took %v", took)
+	}
+	if r := pool.Report(); int(r.Refused) != len(ways) {
+		t.Errorf("%d refused, want %d", r.Refused, len(ways))
+	}
+}
+
+func TestAcquisitionsAreRefusedAfterTheShutdownToo(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "")
+	pool.Close()
+	if err := pool.Ping(t.Context()); err != pgxdrain.ErrShuttingDown {
+		t.Errorf("got %v", err)
+	}
+	if r := pool.Report(); r.Refused != 0 {
+		t.Errorf("the final report has changed: %+v", r)
+	}
+}
+
+// Whatever is going on over a connection that was acquired before the flip goes on.
+func TestShutdownLetsWorkInProgressFinish(t *testing.T) {
+	t.Parallel()
+	for name, work := range map[string]func(ctx context.Context, pool *pgxdrain.Pool, halfway func()) error{
+		"statement": func(ctx context.Context, pool *pgxdrain.Pool, halfway func()) error {
+			halfway()
+			_, err := pool.Exec(ctx, "select pg_sleep(0.3)")
+			return err
+		},
+		"transaction": func(ctx context.Context, pool *pgxdrain.Pool, halfway func()) error {
+			return pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+				if _, err := tx.Exec(ctx, "insert into n values (1)"); err != nil {
+					return err
+				}
+				halfway()
+				_, err := tx.Exec(ctx, "insert into n select 2 from pg_sleep(0.1)")
+				return err
+			})
+		},
+		"rows": func(ctx context.Context, pool *pgxdrain.Pool, halfway func()) error {
+			rows, err := pool.Query(ctx, "select repeat('x', 1000) from generate_series(1, 10000)")
+			if err != nil {
+				return err
+			}
+			n := 0
+			for rows.Next() {
+				if n++; n == 5 {
+					halfway()
+				}
+			}
+			if n != 10000 {
+				return fmt.Errorf("%d rows: %w", n, rows.Err())
+			}
+			return rows.Err()
+		},
+		"batch": func(ctx context.Context, pool *pgxdrain.Pool, halfway func()) error {
+			b := &pgx.Batch{}
+			b.Queue("select 1")
+			b.Queue("select pg_sleep(0.1)")
+			br := pool.SendBatch(ctx, b)
+			if _, err := br.Exec(); err != nil {
+				return err
+			}
+			halfway()
+			return br.Close()
+		},
+		"copy": func(ctx context.Context, pool *pgxdrain.Pool, halfway func()) error {
+			n := 0
+			_, err := pool.CopyFrom(ctx, pgx.Identifier{"n"}, []string{"n"}, pgx.CopyFromFunc(func() ([]any, error) {
+				if n++; n == 5 {
+					halfway()
+				}
+				if n > 1000 {
+					return nil, nil
+				}
+				return []any{n}, nil
+			}))
+			return err
+		},
+		"connection held": func(ctx context.Context, pool *pgxdrain.Pool, halfway func()) error {
+			return pool.AcquireFunc(ctx, func(c *pgxpool.Conn) error {
+				halfway()
+				for range 3 {
+					if _, err := c.Exec(ctx, "select 1"); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pool := newPool(t, "")
+			if _, err := pool.Exec(t.Context(), "create table n (n int)"); err != nil {
+				t.Fatal(err)
+			}
+			ctx := testContext(t)
+			var result <-chan error
+			if err := work(ctx, pool, func() {
+				if name == "statement" { // nothing is acquired yet
+					c := make(chan error, 1)
+					go func() {
+						for len(pool.Active()) == 0 {
+							time.Sleep(time.Millisecond)
+						}
+						c <- pool.Shutdown(ctx)
+					}()
+					result = c
+					return
+				}
+				result = startShutdown(t, ctx, pool)
+			}); err != nil {
+				t.Errorf("the work: %v", err)
+			}
+			if err := <-result; err != nil {
+				t.Errorf("Shutdown: %v", err)
+			}
+			r := pool.Report()
+			checkReport(t, r)
+			if r.Active != 1 || r.Drained != 1 {
+				t.Errorf("got %s", brief(r))
+			}
+		})
+	}
+}
+
+func TestQueuedCallersKeepTheirTurn(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_max_conns=1")
+	held := acquire(t, pool)
+	const callers = 10
+	result := make(chan error, callers)
+	for range callers {
+		go func() {
+			_, err := pool.Exec(context.Background(), "select 1")
+			result <- err
+		}()
+	}
+	eventually(t, "they wait", func() bool { return pool.Report().Waiting == callers })
+	shutdown := startShutdown(t, testContext(t), pool)
+	held.Release()
+	for range callers {
+		if err := <-result; err != nil {
+			t.Errorf("got %v", err)
+		}
+	}
+	if err := <-shutdown; err != nil {
+		t.Error(err)
+	}
+	r := pool.Report()
+	checkReport(t, r)
+	if r.Active != 1 || r.Waiting != callers || r.Admitted != callers || r.Drained != callers+1 {
+		t.Errorf("got %s", brief(r))
+	}
+}
+
+func TestShutdownReturnsAtItsDeadlineAndNamesWhatIsLeft(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_max_conns=12")
+	tx := must[pgx.Tx](t)(pool.Begin(testContext(t)))
+	if _, err := tx.Exec(t.Context(), "select 'secret', $1::text", "argument"); err != nil {
+		t.Fatal(err)
+	}
+	pid := tx.Conn().PgConn().PID()
+	var held []*pgxpool.Conn
+	for range 11 {
+		held = append(held, acquire(t, pool))
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	deadline, _ := ctx.Deadline()
+	err := pool.Shutdown(ctx)
+	if d := time.Until(deadline); d > 0 || d < -late {
+		t.Errorf("returned %v before the deadline", d)
+	}
+	e := wantShutdownError(t, err)
+	checkReport(t, e.Report)
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v does not match context.DeadlineExceeded", err)
+	}
+	if len(e.Remaining()) != 12 || e.Leaked != 12 {
+		t.Errorf("got %s", brief(e.Report))
+	}
+	for _, want := range []string{
+		"12 of 12 operations", string(pgxdrain.StateIdleInTransaction), fmt.Sprintf("pid %d", pid), `"select ?, $1 :: text"`, "and 2 more",
+	} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not in: %v", want, err)
+		}
+	}
+	for _, secret := range []string{"secret", "argument"} {
+		if strings.Contains(err.Error(), secret) {
+			t.Errorf("%q is in: %v", secret, err)
+		}
+	}
+	tx.Rollback(context.Background())
+	for _, c := range held {
+		c.Release()
+	}
+}
+
+func TestBudgetIsTheDrainTimeoutWithoutADeadline(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_drain_timeout=200ms")
+	conn := acquire(t, pool)
+	start := time.Now()
+	e := wantShutdownError(t, pool.Shutdown(context.Background()))
+	if took := time.Since(start); took < 200*time.Millisecond || took > 200*time.Millisecond+late {
+		t.Errorf("took %v", took)
+	}
+	if e.Budget != 200*time.Millisecond {
+		t.Errorf("the budget is %v", e.Budget)
+	}
+	conn.Release()
+}
+
+func TestInitialWaitAdmitsAndIsPartOfTheBudget(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_initial_wait=1h&pool_drain_timeout=400ms&pool_cancel_grace=200ms")
+	result := make(chan error, 1)
+	go func() { result <- pool.Shutdown(context.Background()) }()
+	<-pool.Draining()
+	if err := pool.Ping(testContext(t)); err != nil {
+		t.Errorf("refused during the initial wait: %v", err)
+	}
+	if s := pool.Report().Step; s != pgxdrain.StepUnready {
+		t.Errorf("the step is %q", s)
+	}
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	if took := pool.Report().Took; took < 200*time.Millisecond || took > 200*time.Millisecond+late {
+		t.Errorf("took %v, want the budget less the grace", took)
+	}
+}
+
+func TestEveryCallOfShutdownWaitsForTheOneAndReturnsItsResult(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_drain_timeout=300ms")
+	conn := acquire(t, pool)
+	results := make(chan error, 5)
+	for range 5 {
+		go func() { results <- pool.Shutdown(context.Background()) }()
+	}
+	first := <-results
+	wantShutdownError(t, first)
+	for range 4 {
+		if err := <-results; err != first {
+			t.Errorf("got %v, want the same error", err)
+		}
+	}
+	if err := pool.Shutdown(t.Context()); err != first {
+		t.Errorf("later: got %v, want the same error", err)
+	}
+	pool.Close()
+	conn.Release()
+}
+
+func TestCancellingAnyCallersCtxEndsTheDrain(t *testing.T) {
+	t.Parallel()
+	secondSignal := errors.New("second SIGTERM")
+	for name, which := range map[string]int{"the first caller's": 0, "a later caller's": 1} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pool := newPool(t, "pool_drain_timeout=1h&pool_cancel_grace=200ms")
+			conn := acquire(t, pool)
+			var cancel [2]context.CancelCauseFunc
+			results := make(chan error, 2)
+			for i := range cancel {
+				var ctx context.Context
+				ctx, cancel[i] = context.WithCancelCause(t.Context())
+				startShutdown(t, ctx, pool) // its own result is the same
+				go func() { results <- pool.Shutdown(ctx) }()
+			}
+			start := time.Now()
+			cancel[which](secondSignal)
+			for range cancel {
+				err := <-results
+				if wantShutdownError(t, err); !errors.Is(err, secondSignal) || errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("got %v, want it to match the cause", err)
+				}
+			}
+			if took := time.Since(start); took < 200*time.Millisecond || took > 200*time.Millisecond+late {
+				t.Errorf("took %v, want the grace", took)
+			}
+			cancel[1-which](nil)
+			conn.Release()
+		})
+	}
+}
+
+func TestCtxThatIsDoneOnEntryStillDrainsWhatIsIdleAndCloses(t *testing.T) {
+	t.Parallel()
+	for name, ctx := range map[string]func(context.Context) (context.Context, context.CancelFunc){
+		"cancelled": func(ctx context.Context) (context.Context, context.CancelFunc) {
+			ctx, cancel := context.WithCancel(ctx)
+			cancel()
+			return ctx, cancel
+		},
+		"past its deadline": func(ctx context.Context) (context.Context, context.CancelFunc) {
+			return context.WithTimeout(ctx, -time.Second)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pool := newPool(t, "pool_initial_wait=1h")
+			if err := pool.Ping(testContext(t)); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := ctx(t.Context())
+			defer cancel()
+			if err := pool.Shutdown(ctx); err != nil {
+				t.Error(err)
+			}
+			if n := pool.Stat().TotalConns(); n != 0 {
+				t.Errorf("%d connections left", n)
+			}
+		})
+	}
+}
+
+func TestHijackedConnectionsAreNotWaitedForAndStayUsable(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_max_conns=4")
+	var mine []*pgx.Conn
+	hijack := func() {
+		conn := acquire(t, pool).Hijack()
+		t.Cleanup(func() { conn.Close(context.Background()) })
+		mine = append(mine, conn)
+	}
+	hijack()
+	held, hijackedLater := acquire(t, pool), acquire(t, pool)
+	result := startShutdown(t, testContext(t), pool)
+	if r := pool.Report(); r.Active != 2 {
+		t.Errorf("%d active at the flip, want 2: one was hijacked before", r.Active)
+	}
+	mine = append(mine, hijackedLater.Hijack())
+	t.Cleanup(func() { mine[1].Close(context.Background()) })
+	held.Release()
+	if err := <-result; err != nil {
+		t.Fatal(err)
+	}
+	r := pool.Report()
+	checkReport(t, r)
+	if r.Active != 1 || r.Drained != 1 {
+		t.Errorf("got %s, want only the one that was held", brief(r))
+	}
+	for _, conn := range mine {
+		if _, err := conn.Exec(t.Context(), "select 1"); err != nil {
+			t.Errorf("a hijacked connection: %v", err)
+		}
+	}
+}
+
+func TestHooksOfTheUserThatHangDoNotHoldUpTheReturn(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(*pgxpool.Config, <-chan struct{}){
+		"BeforeClose": func(c *pgxpool.Config, end <-chan struct{}) {
+			c.BeforeClose = func(*pgx.Conn) { <-end }
+		},
+		"AfterRelease": func(c *pgxpool.Config, end <-chan struct{}) {
+			c.AfterRelease = func(*pgx.Conn) bool { <-end; return true }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(pgtest.Database(t), "pool_drain_timeout=300ms")))
+			end := make(chan struct{})
+			set(config, end)
+			pool := newPoolWithConfig(t, config)
+			acquire(t, pool).Release()
+			start := time.Now()
+			e := wantShutdownError(t, pool.Shutdown(context.Background()))
+			if took := time.Since(start); took > 300*time.Millisecond+late {
+				t.Errorf("took %v", took)
+			}
+			if len(e.Remaining()) != 0 || !strings.Contains(e.Error(), "drained, but not closed") {
+				t.Errorf("got %v", e)
+			}
+			close(end)
+		})
+	}
+}
+
+// blockingHandler hangs in the first line it is given.
+type blockingHandler struct {
+	slog.Handler
+	entered chan struct{}
+	end     chan struct{}
+	once    *sync.Once
+}
+
+func (h blockingHandler) WithAttrs([]slog.Attr) slog.Handler { return h }
+func (h blockingHandler) Handle(context.Context, slog.Record) error {
+	h.once.Do(func() { close(h.entered) })
+	<-h.end
+	return nil
+}
+
+func TestLogHandlerThatHangsHoldsUpNeitherTheStepsNorTheReturn(t *testing.T) {
+	t.Parallel()
+	h := blockingHandler{slog.DiscardHandler, make(chan struct{}), make(chan struct{}), new(sync.Once)}
+	pool := newPool(t, "pool_drain_timeout=300ms", pgxdrain.WithLogger(slog.New(enabled{h})))
+	if err := pool.Ping(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if err := pool.Shutdown(context.Background()); err != nil {
+		t.Errorf("got %v: all was drained and closed in time", err)
+	}
+	if took := time.Since(start); took > 300*time.Millisecond+late {
+		t.Errorf("took %v", took)
+	}
+	<-h.entered
+	if n := pool.Stat().TotalConns(); n != 0 {
+		t.Errorf("%d connections left", n)
+	}
+	close(h.end)
+}
+
+// enabled is a handler that takes every level: slog.DiscardHandler takes none.
+type enabled struct{ blockingHandler }
+
+func (enabled) Enabled(context.Context, slog.Level) bool { return true }
+func (e enabled) WithAttrs([]slog.Attr) slog.Handler     { return e }
+func (e enabled) WithGroup(string) slog.Handler          { return e }
+
+// lines is a log that can be read while it is written.
+type lines struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+func TestShutdownLogsItsProgressAndNothingBefore(t *testing.T) {
+	t.Parallel()
+	var log lines
+	pool := newPool(t, "pool_max_conns=1&pool_name=orders&pool_drain_timeout=1500ms&pool_cancel_grace=100ms",
+		pgxdrain.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+	conn := acquire(t, pool)
+	if _, err := conn.Exec(t.Context(), "select 'secret'"); err != nil {
+		t.Fatal(err)
+	}
+	if s := log.String(); s != "" {
+		t.Errorf("logged in normal running: %s", s)
+	}
+	pool.Close()
+	conn.Release()
+	got := log.String()
+	for _, want := range []string{
+		`level=INFO msg="pgxdrain: draining, new work is refused" pool=orders active=1 waiting=0 left=1.4s`,
+		`level=INFO msg="pgxdrain: still draining" pool=orders remaining=1 left=`,
+		`level=WARN msg="pgxdrain: not drained" pool=orders outcome=leaked state=idle held=`,
+		`statement="select ?"`,
+		`level=ERROR msg="pgxdrain: not drained and closed in time" pool=orders took=`,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%s\nis not in\n%s", want, got)
+		}
+	}
+	if strings.Contains(got, "secret") {
+		t.Errorf("the secret is in\n%s", got)
+	}
+}
+
+// Hundreds of callers across the flip: each call is done or refused, and nothing else happens.
+func TestStress_CallsAcrossTheFlipAreDoneOrRefused(t *testing.T) {
+	t.Parallel()
+	for _, maxConns := range []int{1, 4, 32} {
+		t.Run(fmt.Sprintf("%d connections", maxConns), func(t *testing.T) {
+			t.Parallel()
+			pool := newPool(t, fmt.Sprintf("pool_max_conns=%d", maxConns))
+			if _, err := pool.Exec(t.Context(), "create table done (n bigint)"); err != nil {
+				t.Fatal(err)
+			}
+			look := observer(t, pool)
+			db := stdlib.OpenDBFromPool(pool.Pool)
+			defer db.Close()
+			ctx := testContext(t)
+			ways := []func(n int64) error{
+				func(n int64) error {
+					_, err := pool.Exec(ctx, "insert into done values ($1)", n)
+					return err
+				},
+				func(n int64) error {
+					return pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+						_, err := tx.Exec(ctx, "insert into done values ($1)", n)
+						return err
+					})
+				},
+				func(n int64) error {
+					b := &pgx.Batch{}
+					b.Queue("insert into done values ($1)", n)
+					b.Queue("select 1")
+					return pool.SendBatch(ctx, b).Close()
+				},
+				func(n int64) error {
+					_, err := pool.CopyFrom(ctx, pgx.Identifier{"done"}, []string{"n"}, pgx.CopyFromRows([][]any{{n}}))
+					return err
+				},
+				func(n int64) error {
+					return pool.Pool.QueryRow(ctx, "insert into done values ($1) returning n", n).Scan(&n)
+				},
+				func(n int64) error {
+					_, err := db.ExecContext(ctx, "insert into done values ($1)", n)
+					return err
+				},
+			}
+			const callers = 300
+			var next, done, refused atomic.Int64
+			var wg sync.WaitGroup
+			for range callers {
+				wg.Go(func() {
+					for {
+						err := ways[rand.IntN(len(ways))](next.Add(1))
+						switch {
+						case err == nil:
+							done.Add(1)
+						case err == pgxdrain.ErrShuttingDown:
+							refused.Add(1)
+							return
+						default:
+							t.Errorf("neither done nor refused: %v (%T)", err, err)
+							return
+						}
+					}
+				})
+			}
+			eventually(t, "they are at work", func() bool { return done.Load() > callers })
+			if err := pool.Shutdown(ctx); err != nil {
+				t.Error(err)
+			}
+			wg.Wait()
+			r := pool.Report()
+			checkReport(t, r)
+			if refused.Load() != callers || r.Leaked != 0 {
+				t.Errorf("%d callers refused, want %d; %d leaked", refused.Load(), callers, r.Leaked)
+			}
+			var rows, distinct int64
+			if err := look.QueryRow(t.Context(), "select count(*), count(distinct n) from done").Scan(&rows, &distinct); err != nil {
+				t.Fatal(err)
+			}
+			if rows != done.Load() || distinct != rows {
+				t.Errorf("%d calls were done, the table has %d rows, %d distinct", done.Load(), rows, distinct)
+			}
+		})
+	}
+}
