@@ -619,7 +619,7 @@ func TestShutdownLogsItsProgressAndNothingBefore(t *testing.T) {
 	conn.Release()
 	got := log.String()
 	for _, want := range []string{
-		`level=INFO msg="pgxdrain: draining, new work is refused" pool=orders active=1 waiting=0 left=1.4s`,
+		`level=INFO msg="pgxdrain: draining, new work is refused" pool=orders active=1 waiting=0 left=1.`,
 		`level=INFO msg="pgxdrain: still draining" pool=orders remaining=1 left=`,
 		`level=WARN msg="pgxdrain: not drained" pool=orders outcome=leaked state=idle held=`,
 		`statement="select ?"`,
