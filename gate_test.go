@@ -20,8 +20,11 @@ func TestGateCountsExactlyThoseItAdmitted(t *testing.T) {
 		}
 		t.Repeat(map[string]func(*rapid.T){
 			"enter": func(t *rapid.T) {
-				if g.enter() {
+				if n, ok := g.enter(); ok {
 					in++
+					if n != in {
+						t.Fatalf("%d in, want %d", n, in)
+					}
 					if closed {
 						t.Fatal("admitted after close")
 					}
@@ -85,7 +88,7 @@ func TestStress_GateAdmitsNobodyAfterCloseAndSaysWhenTheLastHasLeft(t *testing.T
 			wg.Go(func() {
 				for range 50 {
 					late := closed.Load()
-					if !g.enter() {
+					if _, ok := g.enter(); !ok {
 						continue
 					}
 					if late {

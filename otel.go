@@ -30,7 +30,11 @@ func traceShutdown(ctx context.Context, s *settings, r *Report, err error) {
 		attribute.Int("pgxdrain.active", r.Active),
 		attribute.Int("pgxdrain.waiting", r.Waiting),
 		attribute.Int64("pgxdrain.refused", r.Refused),
+		attribute.Int("pgxdrain.admitted", r.Admitted),
 		attribute.Int("pgxdrain.drained", r.Drained),
+		attribute.Int("pgxdrain.cancelled", r.Cancelled),
+		attribute.Int("pgxdrain.severed", r.Severed),
+		attribute.Int("pgxdrain.unknown", r.Unknown),
 		attribute.Int("pgxdrain.leaked", r.Leaked),
 	))
 	defer span.End(trace.WithTimestamp(r.Start.Add(r.Took)))
@@ -49,12 +53,15 @@ func traceShutdown(ctx context.Context, s *settings, r *Report, err error) {
 // traceOperation records an operation from the moment the shutdown began to wait for it to its end.
 func traceOperation(ctx context.Context, tracer trace.Tracer, r *Report, op Operation) {
 	name := "pgxdrain.query"
-	if !op.TransactionStart.IsZero() {
+	switch {
+	case op.State == StateHold:
+		name = "pgxdrain.hold"
+	case !op.TransactionStart.IsZero():
 		name = "pgxdrain.transaction"
 	}
 	began := r.refusedAt
 	if op.AcquiredAt.After(began) {
-		began = op.AcquiredAt // it was waiting for its connection when the gate closed
+		began = op.AcquiredAt // it began after the gate had closed
 	}
 	_, span := tracer.Start(ctx, name,
 		trace.WithTimestamp(began),

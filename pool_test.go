@@ -148,6 +148,7 @@ func TestBadSettingIsAnErrorThatNamesItAndHidesThePassword(t *testing.T) {
 		{key: "pool_cancel_grace", value: "2", want: "cannot parse pool_cancel_grace"},
 		{key: "pool_cancel_grace", value: "0", want: "pool_cancel_grace must be greater than 0"},
 		{key: "pool_initial_wait", value: "-1ms", want: "pool_initial_wait must not be negative"},
+		{key: "pool_leak_threshold", value: "-1s", want: "pool_leak_threshold must not be negative"},
 		{key: "pool_name", value: "''", want: "pool_name"},
 		{opt: pgxdrain.WithDrainTimeout(0), want: "WithDrainTimeout must be greater than 0, got 0s"},
 		{opt: pgxdrain.WithCancelGrace(-time.Second), want: "WithCancelGrace must be greater than 0, got -1s"},

@@ -13,9 +13,11 @@ import (
 )
 
 // ErrShuttingDown is the error of an acquisition that was refused because the pool is shutting down, or has shut down. Nothing
-// was sent to the server: the work can be given back to its queue, or the request answered with 503.
+// was sent to the server: the work can be given back to its queue, or the request answered with 503. It is also the cause of a
+// context of [Pool.DrainContext] or [Pool.Hold] that was cancelled.
 //
-// errors.Is finds it to match puddle.ErrClosedPool as well, which a closed pgxpool returns. It never matches context.Canceled.
+// errors.Is finds it in the error of whoever uses a connection that a shutdown has severed; there something was sent.
+// It matches puddle.ErrClosedPool as well, which a closed pgxpool returns, and never context.Canceled.
 var ErrShuttingDown error = shuttingDownError{}
 
 type shuttingDownError struct{}
@@ -28,8 +30,19 @@ func (shuttingDownError) Is(target error) bool { return target == puddle.ErrClos
 type Outcome string
 
 const (
-	OutcomeDrained Outcome = "drained" // its connection was released in time
-	OutcomeLeaked  Outcome = "leaked"  // its connection had not been released when Shutdown returned
+	// OutcomeDrained: the shutdown left it alone, and its connection was released.
+	OutcomeDrained Outcome = "drained"
+	// OutcomeCancelled: its statement was cancelled at the server, its caller was told so by the server (SQLSTATE 57014), and its
+	// connection was released. Of a unit of work ([Pool.Hold]): its context was cancelled, and it ended.
+	OutcomeCancelled Outcome = "cancelled"
+	// OutcomeSevered: its connection was closed under it, and then released. The server rolls back its transaction, if it had one.
+	OutcomeSevered Outcome = "severed"
+	// OutcomeUnknown: its connection was closed while a COMMIT, or a statement or batch outside a transaction, had no answer
+	// yet. What was sent may or may not have taken effect.
+	OutcomeUnknown Outcome = "unknown"
+	// OutcomeLeaked: its connection had not been released when Shutdown returned. It was closed at the server all the same, and
+	// a transaction in it is rolled back. Of a unit of work: it had not ended.
+	OutcomeLeaked Outcome = "leaked"
 )
 
 // Step is a step of a shutdown. They come in the order of the constants.
@@ -39,15 +52,18 @@ const (
 	StepOpen    Step = "open"    // Shutdown has not been called
 	StepUnready Step = "unready" // Draining is closed; still admitting, for the initial wait
 	StepDrain   Step = "drain"   // refusing; waiting for the work in progress
-	StepClose   Step = "close"   // closing the connections
+	StepCancel  Step = "cancel"  // freeing those who wait, cancelling statements, closing connections without one
+	StepSever   Step = "sever"   // closing the connections that are left
+	StepClose   Step = "close"   // closing the pool
 	StepClosed  Step = "closed"  // the report is final
 )
 
 // Report says what a shutdown did, or has done so far.
 //
-// Operations are those that were active when the gate closed, and those of the callers who were waiting for a connection then
-// and got their turn. In a final report each has exactly one outcome: Active + Admitted, len(Operations) and the sum of the
-// outcomes are the same.
+// Operations are those that were active when the gate closed, and those that were admitted since: of callers who were waiting
+// for a connection then and got their turn, and, if they were still active at the cancel step, those of units of work
+// ([Pool.Hold]). In a final report each has exactly one outcome: Active + Admitted, len(Operations) and the sum of the outcomes
+// are the same.
 type Report struct {
 	Pool   string // the pool's name
 	Step   Step
@@ -57,14 +73,15 @@ type Report struct {
 
 	Active   int   // operations active when the gate closed; before that, now
 	Waiting  int   // callers waiting for a connection when the gate closed; before that, now
-	Admitted int   // those of Waiting that got their turn
-	Refused  int64 // acquisitions refused since the gate closed
+	Admitted int   // operations that began since
+	Refused  int64 // acquisitions that failed with ErrShuttingDown since the gate closed
 
-	Drained int // operations by outcome
-	Leaked  int
+	// Operations by outcome.
+	Drained, Cancelled, Severed, Unknown, Leaked int
 
-	// Operations, the longest held first. One that has ended is shown as it was when the gate closed (or its turn came),
-	// with its Outcome and how long it was Held in the end; one in progress as it is now.
+	// Operations, the longest held first. One that is in progress is shown as it is now. One that has ended is shown with its
+	// Outcome and how long it was Held, and otherwise as it was when the gate closed; if it began later (Admitted), with its
+	// last statement and transaction.
 	Operations []Operation
 
 	refusedAt            time.Time // when the gate closed
@@ -72,11 +89,11 @@ type Report struct {
 	closed               bool      // pgxpool's Close had returned by closeEnd
 }
 
-// Remaining returns the operations that have not ended, or did not end in time: all but those that drained.
+// Remaining returns the operations that have not ended yet, and of a final report the stragglers: all that did not drain.
 func (r *Report) Remaining() []Operation {
 	var ops []Operation
 	for _, op := range r.Operations {
-		if op.Outcome != OutcomeDrained {
+		if op.Outcome == "" || r.Step == StepClosed && op.Outcome != OutcomeDrained {
 			ops = append(ops, op)
 		}
 	}
@@ -130,25 +147,31 @@ func (op Operation) describe() string {
 	return b.String()
 }
 
-// Shutdown drains the pool and closes it. In this order it
+// Shutdown drains the pool, ends what is left, and closes it. In this order it
 //
 //  1. closes [Pool.Draining], so that readiness fails, and goes on admitting work for the initial wait ([WithInitialWait]);
-//  2. refuses: from now on every acquisition fails at once with [ErrShuttingDown]. Callers already waiting for a connection
-//     keep their turn; on connections already held, statements, transactions, rows, batches and copies go on;
-//  3. waits until every connection has been released;
-//  4. closes the pool, as pgxpool's Close does.
+//  2. refuses: from now on every acquisition fails at once with [ErrShuttingDown], unless it is part of a unit of work that was
+//     admitted before ([Pool.Hold]). Callers already waiting for a connection keep their turn; on connections already held,
+//     statements, transactions, rows, batches and copies go on;
+//  3. drains: waits until every connection has been released and every unit of work has ended;
+//  4. cancels, if some have not: frees the callers that still wait, cancels the contexts of units of work, asks the server to
+//     cancel the statements in progress, except a COMMIT, and closes the connections that have none;
+//  5. severs: closes the connections that are left;
+//  6. closes the pool, as pgxpool's Close does.
 //
-// It returns nil if all of that was done in time, and else a *[ShutdownError] that names each operation that was left.
+// It returns nil if nothing had to be ended and the pool was closed in time, and else a *[ShutdownError] that names each
+// operation that was ended or left.
 //
 // The deadline is ctx's, or the drain timeout from now ([WithDrainTimeout]) if ctx has none. Shutdown returns by then, whatever
-// happens. The wait of step 3 ends the cancel grace ([WithCancelGrace]) before the deadline, and at once when ctx is cancelled
-// before its deadline, as a second SIGTERM would do it: then the deadline is the cancel grace from there. So it is when ctx is
-// done already; Shutdown goes through all its steps even then.
+// happens. Step 4 begins the cancel grace ([WithCancelGrace]) before the deadline, or at once when ctx is cancelled before its
+// deadline, as a second SIGTERM would do it: then the deadline is the cancel grace from there. So it is too if ctx is done
+// already: even then Shutdown goes through all its steps.
 //
 // Shutdown may be called again, at the same time or later: every call waits for the one shutdown and returns its result.
-// When the ctx of any of them ends, the wait of step 3 ends.
+// When the ctx of any of them ends, step 4 begins.
 //
-// A connection taken over with Hijack is its caller's own: Shutdown neither waits for it nor closes it.
+// A connection taken over with Hijack is its caller's own: Shutdown neither waits for it nor closes it. The goroutine of a
+// caller that never releases its connection cannot be ended; pgxpool's Close is left waiting for it, in a goroutine as well.
 func (p *Pool) Shutdown(ctx context.Context) error {
 	s := p.shutdown
 	s.once.Do(func() { s.begin(ctx) })
@@ -182,8 +205,12 @@ type shutdown struct {
 
 	refuseAt *alarm // the initial wait ends
 	cancelAt *alarm // the drain ends
+	severAt  *alarm // the cancelling ends
 	deadline *alarm
 	overdue  *alarm // Shutdown returns, although a log handler or a span processor does not
+
+	cancels     sync.WaitGroup // cancel requests under way
+	cancelsOver chan struct{}  // closed when nobody is to wait for them any more
 
 	// What is logged and traced is written by a goroutine of its own: a handler that hangs holds up no step.
 	log    *slog.Logger
@@ -208,18 +235,26 @@ const (
 
 	progressEvery = time.Second
 
+	// cancelEvery is the interval at which a caller that goes on after its statement was cancelled has the next one
+	// cancelled as well.
+	cancelEvery = 50 * time.Millisecond
+
+	// cancelsAtOnce bounds the cancel requests under way: the server starts a process for each.
+	cancelsAtOnce = 32
+
 	// overdueAfter is how long after the deadline the last lines and spans may take.
 	overdueAfter = 25 * time.Millisecond
 )
 
 func newShutdown(p *Pool) *shutdown {
 	s := &shutdown{
-		pool:   p,
-		done:   make(chan struct{}),
-		toTell: make(chan func(), 1024), // a line a second and a few: not full unless the handler hangs
-		step:   StepOpen,
-		cause:  context.DeadlineExceeded,
-		noted:  Report{Pool: p.settings.poolName},
+		pool:        p,
+		done:        make(chan struct{}),
+		cancelsOver: make(chan struct{}),
+		toTell:      make(chan func(), 1024), // a line a second and a few: not full unless the handler hangs
+		step:        StepOpen,
+		cause:       context.DeadlineExceeded,
+		noted:       Report{Pool: p.settings.poolName},
 	}
 	s.result = sync.OnceValue(s.makeFinal)
 	p.draining, s.unready = context.WithCancelCause(context.Background())
@@ -237,7 +272,7 @@ func (s *shutdown) begin(ctx context.Context) {
 		deadline = start.Add(settings.drainTimeout)
 	}
 	p := newPlan(start, deadline, settings.initialWait, settings.cancelGrace)
-	s.refuseAt, s.cancelAt = newAlarm(p.refuse), newAlarm(p.cancel)
+	s.refuseAt, s.cancelAt, s.severAt = newAlarm(p.refuse), newAlarm(p.cancel), newAlarm(p.sever)
 	s.deadline, s.overdue = newAlarm(p.deadline), newAlarm(p.deadline.Add(overdueAfter))
 	s.note(func(r *Report) { s.plan, r.Start = p, start })
 	if ctx.Err() != nil {
@@ -251,7 +286,9 @@ func (s *shutdown) run(ctx context.Context) {
 	told := s.startTelling()
 	s.stopBeingReady()
 	s.refuse()
-	s.drain()
+	if !s.drain() && !s.cancel() {
+		s.sever()
+	}
 	s.close()
 	s.finish(ctx)
 	<-told
@@ -274,10 +311,7 @@ func (s *shutdown) refuse() {
 		s.step, s.inAtFlip = StepDrain, admitted
 		r.refusedAt = time.Now()
 	})
-	text := s.pool.settings.queryText.cached()
-	for _, r := range t.records() {
-		s.follow(r, r.lease(), text)
-	}
+	s.followAll(false)
 	r := s.report()
 	left := time.Until(s.drainEnd())
 	s.tell(func() {
@@ -286,8 +320,8 @@ func (s *shutdown) refuse() {
 	})
 }
 
-// drain waits until all that was admitted has left, or until it is time to end it.
-func (s *shutdown) drain() {
+// drain waits until all that was admitted has left, and reports whether it has before it was time to end it.
+func (s *shutdown) drain() bool {
 	gate := &s.pool.tracer.gate
 	look := time.NewTicker(reconcileEvery)
 	defer look.Stop()
@@ -301,15 +335,102 @@ func (s *shutdown) drain() {
 		case <-progress.C:
 			s.tellProgress()
 		case <-s.cancelAt.rang:
-			return
+			return false
 		}
+	}
+	return true
+}
+
+// cancel lets go those who wait, and ends what it can through the server. It reports whether all has left before it was time to
+// sever what is left.
+func (s *shutdown) cancel() bool {
+	t := s.pool.tracer
+	s.note(func(*Report) { s.step = StepCancel })
+	t.reconcile()
+	s.followAll(true)
+	s.tellStep("pgxdrain: ending what is left: cancelling")
+
+	t.free(ErrShuttingDown)
+	for _, h := range t.unitsOfWork() {
+		h.end()
+	}
+	for _, r := range t.records() {
+		r.sever(true) // a cancel request does nothing for a connection without a statement
+	}
+	ctx, stop := context.WithDeadline(context.Background(), s.severTime())
+	defer stop()
+	defer s.awaitCancels()
+	slots := make(chan struct{}, cancelsAtOnce)
+	again := time.NewTicker(cancelEvery)
+	defer again.Stop()
+	for t.gate.count() > 0 {
+		for _, r := range t.records() {
+			s.cancelStatement(ctx, r, slots)
+		}
+		select {
+		case <-t.gate.empty:
+		case <-again.C:
+			t.reconcile()
+		case <-s.severAt.rang:
+			return false
+		}
+	}
+	return true
+}
+
+// cancelStatement has the statement in progress cancelled, in the background, unless that is under way already.
+func (s *shutdown) cancelStatement(ctx context.Context, r *record, slots chan struct{}) {
+	if !r.cancellable() || !r.cancelPending.CompareAndSwap(false, true) {
+		return
+	}
+	s.cancels.Go(func() {
+		defer r.cancelPending.Store(false)
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+			r.cancel(ctx)
+		case <-ctx.Done():
+		}
+	})
+}
+
+// awaitCancels waits until no cancel request is under way. They have ended with the cancel step, unless a dialer of the user's
+// takes no notice of its context; the deadline does not wait for that.
+func (s *shutdown) awaitCancels() {
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		s.cancels.Wait()
+	}()
+	patience := time.NewTimer(time.Until(s.severTime()) + cancelEvery)
+	defer patience.Stop()
+	select {
+	case <-over:
+	case <-patience.C:
+	case <-s.deadline.rang:
+	}
+	close(s.cancelsOver)
+}
+
+// sever closes the sockets of what is left. A backend that is busy does not notice that its client is gone, which is why a
+// cancel was tried before.
+func (s *shutdown) sever() {
+	t := s.pool.tracer
+	s.note(func(*Report) { s.step = StepSever })
+	t.reconcile()
+	s.followAll(true)
+	s.tellStep("pgxdrain: severing what is left")
+	for _, r := range t.records() {
+		r.sever(false)
 	}
 }
 
 // close closes the pool. pgxpool's Close waits for every connection to come back, and up to 15 s for each to close, and
-// cannot be told to stop: at the deadline it is left to itself.
+// cannot be told to stop: at the deadline the sockets are closed under it and it is left to itself.
 func (s *shutdown) close() {
+	t := s.pool.tracer
 	s.note(func(r *Report) { s.step, r.closeStart = StepClose, time.Now() })
+	t.severConnecting() // nobody is to use them
 	closed := make(chan struct{})
 	go func() {
 		defer close(closed)
@@ -320,6 +441,7 @@ func (s *shutdown) close() {
 	case <-closed:
 		inTime = true
 	case <-s.deadline.rang:
+		t.severAll()
 	}
 	s.note(func(r *Report) { r.closed, r.closeEnd = inTime, time.Now() })
 }
@@ -327,7 +449,7 @@ func (s *shutdown) close() {
 // finish makes the report final and tells of it.
 func (s *shutdown) finish(ctx context.Context) {
 	err := s.result()
-	for _, a := range []*alarm{s.refuseAt, s.cancelAt, s.deadline} {
+	for _, a := range []*alarm{s.refuseAt, s.cancelAt, s.severAt, s.deadline} {
 		a.timer.Stop()
 	}
 	report := s.report()
@@ -342,13 +464,13 @@ func (s *shutdown) finish(ctx context.Context) {
 func (s *shutdown) makeFinal() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r := s.reportLocked()
-	for i := range r.Operations {
-		if r.Operations[i].Outcome == "" {
-			r.Operations[i].Outcome = OutcomeLeaked
+	for _, f := range s.followed {
+		if f.op.Outcome == "" && !f.hijacked {
+			f.op = f.seen(s.pool.settings.queryText.of)
+			f.op.Outcome = f.lastOutcome()
 		}
 	}
-	r.count()
+	r := s.reportLocked()
 	s.step, r.Step = StepClosed, StepClosed
 	s.noted, s.followed = r, nil
 	if len(r.Remaining()) == 0 && r.closed {
@@ -368,6 +490,7 @@ func (s *shutdown) hurry(cause error) {
 	s.plan = s.plan.hurry(time.Now(), s.pool.settings.cancelGrace)
 	s.refuseAt.set(s.plan.refuse)
 	s.cancelAt.set(s.plan.cancel)
+	s.severAt.set(s.plan.sever)
 	s.deadline.set(s.plan.deadline)
 	s.overdue.set(s.plan.deadline.Add(overdueAfter))
 }
@@ -377,6 +500,13 @@ func (s *shutdown) drainEnd() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.plan.cancel
+}
+
+// severTime is when the cancelling will be ended.
+func (s *shutdown) severTime() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.plan.sever
 }
 
 // note changes what is known of the shutdown.
@@ -413,13 +543,13 @@ func (s *shutdown) reportLocked() Report {
 	text := s.pool.settings.queryText.cached()
 	notWaiting := 0
 	for _, f := range s.followed {
-		if !f.admitted {
+		if !f.op.Admitted {
 			notWaiting++
 		}
 		switch {
 		case f.hijacked:
 			continue
-		case f.admitted:
+		case f.op.Admitted:
 			r.Admitted++
 		default:
 			r.Active++
@@ -440,21 +570,19 @@ func (r *Report) clone() Report {
 
 // count counts the operations by outcome.
 func (r *Report) count() {
-	r.Drained, r.Leaked = 0, 0
+	counts := map[Outcome]int{}
 	for _, op := range r.Operations {
-		switch op.Outcome {
-		case OutcomeDrained:
-			r.Drained++
-		case OutcomeLeaked:
-			r.Leaked++
-		}
+		counts[op.Outcome]++
 	}
+	r.Drained, r.Cancelled, r.Severed = counts[OutcomeDrained], counts[OutcomeCancelled], counts[OutcomeSevered]
+	r.Unknown, r.Leaked = counts[OutcomeUnknown], counts[OutcomeLeaked]
 }
 
 // plan is how a budget is shared among the steps.
 type plan struct {
 	refuse   time.Time // the initial wait ends
 	cancel   time.Time // the drain ends
+	sever    time.Time // half of what is left then is for the server to cancel, half to sever and close
 	deadline time.Time
 }
 
@@ -462,14 +590,14 @@ type plan struct {
 func newPlan(start, deadline time.Time, initialWait, grace time.Duration) plan {
 	budget := deadline.Sub(start)
 	if budget <= 0 {
-		return plan{refuse: start, cancel: start, deadline: start.Add(grace)}
+		return plan{refuse: start, cancel: start, deadline: start.Add(grace)}.halved()
 	}
 	cancel := deadline.Add(-min(grace, budget/2))
 	refuse := start.Add(initialWait)
 	if refuse.After(cancel) {
 		refuse = cancel
 	}
-	return plan{refuse: refuse, cancel: cancel, deadline: deadline}
+	return plan{refuse: refuse, cancel: cancel, deadline: deadline}.halved()
 }
 
 // hurry ends the drain now, and leaves a grace from here unless the deadline is nearer.
@@ -484,6 +612,11 @@ func (p plan) hurry(now time.Time, grace time.Duration) plan {
 	if d := now.Add(grace); d.Before(p.deadline) {
 		p.deadline = d
 	}
+	return p.halved()
+}
+
+func (p plan) halved() plan {
+	p.sever = p.cancel.Add(p.deadline.Sub(p.cancel) / 2)
 	return p
 }
 
@@ -502,50 +635,75 @@ func newAlarm(at time.Time) *alarm {
 
 func (a *alarm) set(at time.Time) { a.timer.Reset(time.Until(at)) }
 
-// followed is an operation that the shutdown waits for, until it has an outcome.
+// followed is an operation that the shutdown waits for, until it has an outcome: a lease or a unit of work.
 type followed struct {
 	shutdown *shutdown
 	record   *record
 	lease    uint32
+	hold     *hold // instead of the record and its lease
 
 	// Guarded by the shutdown's mutex.
 	op       Operation // as it was when the following began, but for its outcome
-	admitted bool      // its caller was waiting when the gate closed
 	hijacked bool      // its connection is not the pool's any more
 }
 
-// follow begins to follow the lease l of r, unless that is none, is over, or is followed already.
-func (s *shutdown) follow(r *record, l lease, text func(string) string) *followed {
-	if !l.leased {
-		return nil
+// followAll begins to follow all that is in progress and is not followed already.
+func (s *shutdown) followAll(admitted bool) {
+	text := s.pool.settings.queryText.cached()
+	for _, r := range s.pool.tracer.records() {
+		s.follow(r, r.lease(), text, admitted)
 	}
-	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, text)}
-	if !r.attach(f) {
-		return nil
+	for _, h := range s.pool.tracer.unitsOfWork() {
+		f := &followed{shutdown: s, hold: h, op: h.operation()}
+		f.op.Admitted = admitted
+		if h.attach(f) {
+			s.note(func(*Report) { s.followed = append(s.followed, f) })
+		}
 	}
-	s.note(func(*Report) { s.followed = append(s.followed, f) })
-	return f
 }
 
-// admitted follows a lease that began while the gate was closed: its caller was waiting when it closed.
-func (s *shutdown) admitted(r *record) {
-	if f := s.follow(r, r.lease(), s.pool.settings.queryText.of); f != nil {
-		s.note(func(*Report) { f.admitted = true })
+// follow begins to follow the lease l of r, unless that is none, is over, or is followed already.
+func (s *shutdown) follow(r *record, l lease, text func(string) string, admitted bool) {
+	if !l.leased || l.followed != nil {
+		return
 	}
+	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, text)}
+	f.op.Admitted = admitted
+	if r.attach(f) {
+		s.note(func(*Report) { s.followed = append(s.followed, f) })
+	}
+}
+
+// admitted follows a lease that began while the gate was closed because its caller was waiting when it closed. One of a unit of
+// work is left to that until the cancel step.
+func (s *shutdown) admitted(r *record, underHold bool) {
+	if underHold {
+		r.setUnderHold()
+		return
+	}
+	s.follow(r, r.lease(), s.pool.settings.queryText.of, true)
 }
 
 // missed notes a lease that was there when the gate closed and has ended before refuse came to it.
 func (s *shutdown) missed(r *record, l *lease) {
 	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, s.pool.settings.queryText.of)}
 	s.note(func(*Report) { s.followed = append(s.followed, f) })
-	f.ended(OutcomeDrained)
+	f.ended(OutcomeDrained, l)
 }
 
-// ended notes the outcome of f.
-func (f *followed) ended(outcome Outcome) {
+// ended notes the outcome of f, unless it has its last one already. l is its lease as it was in the end, nil for a hold.
+func (f *followed) ended(outcome Outcome, l *lease) {
 	f.shutdown.note(func(*Report) {
+		if f.op.Outcome != "" {
+			return
+		}
 		f.op.Outcome = outcome
 		f.op.Held = time.Since(f.op.AcquiredAt)
+		if f.op.Admitted && l != nil { // when it was followed nothing had happened in it yet
+			last := l.operation(f.op.PID, f.shutdown.pool.settings.queryText.of)
+			f.op.Statement, f.op.BatchSize, f.op.StatementStart = last.Statement, last.BatchSize, last.StatementStart
+			f.op.TransactionStart = l.lastTransaction()
+		}
 	})
 }
 
@@ -556,12 +714,27 @@ func (f *followed) lost() {
 
 // seen is f as it is now, or as it ended. Caller of this method must hold the shutdown's mutex!
 func (f *followed) seen(text func(string) string) Operation {
-	if f.op.Outcome == "" {
-		if l := f.record.lease(); l.leased && l.number == f.lease {
-			return l.operation(f.record.pid, text)
-		}
+	switch {
+	case f.op.Outcome != "":
+		return f.op
+	case f.hold != nil:
+		return f.hold.operation()
 	}
-	return f.op
+	op := f.op
+	if l := f.record.lease(); l.leased && l.number == f.lease {
+		op = l.operation(f.record.pid, text)
+		op.Admitted = f.op.Admitted
+	}
+	return op
+}
+
+// lastOutcome is that of an operation which has not ended when the report is made final. What it may have changed is more to
+// know than that its connection is not back.
+func (f *followed) lastOutcome() Outcome {
+	if f.hold == nil && f.record.lease().cut == OutcomeUnknown {
+		return OutcomeUnknown
+	}
+	return OutcomeLeaked
 }
 
 // startTelling starts the goroutine that logs and traces, and returns a channel that is closed when all has been told.
@@ -593,8 +766,15 @@ func (s *shutdown) tellProgress() {
 		for _, op := range remaining[:min(3, len(remaining))] {
 			oldest = append(oldest, op.describe())
 		}
-		s.log.Info("pgxdrain: still draining", "remaining", len(remaining), "left", left.Round(time.Millisecond), "oldest", oldest)
+		s.log.Info("pgxdrain: still draining",
+			"remaining", len(remaining), "left", left.Round(time.Millisecond), "oldest", strings.Join(oldest, "; "))
 	})
+}
+
+// tellStep tells of a step that ends operations.
+func (s *shutdown) tellStep(message string) {
+	r := s.report()
+	s.tell(func() { s.log.Warn(message, "remaining", len(r.Remaining())) })
 }
 
 func logResult(log *slog.Logger, r *Report, err error) {
@@ -605,7 +785,8 @@ func logResult(log *slog.Logger, r *Report, err error) {
 	took := r.Took.Round(time.Millisecond)
 	if err != nil {
 		log.Error("pgxdrain: not drained and closed in time",
-			"took", took, "drained", r.Drained, "leaked", r.Leaked, "refused", r.Refused, "closed", r.closed)
+			"took", took, "drained", r.Drained, "cancelled", r.Cancelled, "severed", r.Severed, "unknown", r.Unknown,
+			"leaked", r.Leaked, "refused", r.Refused, "closed", r.closed)
 		return
 	}
 	log.Info("pgxdrain: drained and closed", "took", took, "drained", r.Drained, "refused", r.Refused)

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,6 +17,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/jackc/puddle/v2"
@@ -61,7 +64,10 @@ func checkReport(t testing.TB, r pgxdrain.Report) {
 	for _, op := range r.Operations {
 		outcomes[op.Outcome]++
 	}
-	counts := map[pgxdrain.Outcome]int{pgxdrain.OutcomeDrained: r.Drained, pgxdrain.OutcomeLeaked: r.Leaked}
+	counts := map[pgxdrain.Outcome]int{
+		pgxdrain.OutcomeDrained: r.Drained, pgxdrain.OutcomeCancelled: r.Cancelled, pgxdrain.OutcomeSevered: r.Severed,
+		pgxdrain.OutcomeUnknown: r.Unknown, pgxdrain.OutcomeLeaked: r.Leaked,
+	}
 	sum := 0
 	for outcome, n := range counts {
 		sum += n
@@ -69,7 +75,7 @@ func checkReport(t testing.TB, r pgxdrain.Report) {
 			t.Errorf("%d operations %s, the count is %d", outcomes[outcome], outcome, n)
 		}
 	}
-	if sum != len(r.Operations) || r.Active+r.Admitted != sum || r.Admitted > r.Waiting {
+	if sum != len(r.Operations) || r.Active+r.Admitted != sum {
 		t.Errorf("the counts do not add up: %s", brief(r))
 	}
 	if r.Step != pgxdrain.StepClosed || r.Took <= 0 || r.Start.IsZero() {
@@ -717,3 +723,617 @@ func TestStress_CallsAcrossTheFlipAreDoneOrRefused(t *testing.T) {
 		})
 	}
 }
+
+// The forced end. Each test brings operations into a state in which they would go on for longer than the budget, and checks
+// what their callers, the report and the server say.
+
+// forcedParams leave a second for the drain, half a second for the server to cancel, and as much to sever and close.
+const forcedParams = "pool_drain_timeout=2s&pool_cancel_grace=1s&pool_max_conns=4"
+
+// shutdownInTime calls Shutdown and checks that it kept to its budget.
+func shutdownInTime(t testing.TB, pool *pgxdrain.Pool) error {
+	t.Helper()
+	start := time.Now()
+	err := pool.Shutdown(context.Background())
+	took := time.Since(start)
+	r := pool.Report()
+	checkReport(t, r)
+	if took > r.Budget+late {
+		t.Errorf("took %v, the budget is %v", took, r.Budget)
+	}
+	return err
+}
+
+func sqlState(err error) string {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) {
+		return pgErr.Code
+	}
+	return ""
+}
+
+// inState waits until the only operation is in that state.
+func inState(t testing.TB, pool *pgxdrain.Pool, state pgxdrain.State) {
+	t.Helper()
+	eventually(t, "it is "+string(state), func() bool {
+		ops := pool.Active()
+		return len(ops) == 1 && ops[0].State == state
+	})
+}
+
+// severed waits until the server has no session of the pool left.
+func severed(t testing.TB, look *pgx.Conn) {
+	t.Helper()
+	eventually(t, "no session of ours is left", func() bool { return sessions(t, look) == 0 })
+}
+
+func TestRunningStatementIsCancelledAtTheServer(t *testing.T) {
+	t.Parallel()
+	for name, run := range map[string]func(ctx context.Context, pool *pgxdrain.Pool) error{
+		"by itself": func(ctx context.Context, pool *pgxdrain.Pool) error {
+			_, err := pool.Exec(ctx, "select pg_sleep(60)")
+			return err
+		},
+		"with arguments": func(ctx context.Context, pool *pgxdrain.Pool) error {
+			_, err := pool.Exec(ctx, "select pg_sleep($1)", 60)
+			return err
+		},
+		"in a transaction": func(ctx context.Context, pool *pgxdrain.Pool) error {
+			return pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+				_, err := tx.Exec(ctx, "select pg_sleep(60)")
+				return err
+			})
+		},
+		"in a batch": func(ctx context.Context, pool *pgxdrain.Pool) error {
+			b := &pgx.Batch{}
+			b.Queue("select 1")
+			b.Queue("select pg_sleep(60)")
+			return pool.SendBatch(ctx, b).Close()
+		},
+		"from database/sql": func(ctx context.Context, pool *pgxdrain.Pool) error {
+			db := stdlib.OpenDBFromPool(pool.Pool)
+			defer db.Close()
+			_, err := db.ExecContext(ctx, "select pg_sleep(60)")
+			return err
+		},
+		"by a caller that goes on regardless": func(ctx context.Context, pool *pgxdrain.Pool) error {
+			return pool.AcquireFunc(ctx, func(c *pgxpool.Conn) error {
+				var err error
+				for range 3 {
+					_, err = c.Exec(ctx, "select pg_sleep(60)")
+				}
+				return err
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pool := newPool(t, forcedParams)
+			look := observer(t, pool)
+			result := make(chan error, 1)
+			go func() { result <- run(context.Background(), pool) }()
+			inState(t, pool, pgxdrain.StateActive)
+			e := wantShutdownError(t, shutdownInTime(t, pool))
+			if err := <-result; sqlState(err) != "57014" {
+				t.Errorf("the caller got %v", err)
+			}
+			if e.Cancelled != 1 || len(e.Operations) != 1 {
+				t.Errorf("got %v", e)
+			}
+			severed(t, look)
+		})
+	}
+}
+
+// Each holder notices when it next uses its connection, as a holder does that is at work, and then lets go of it.
+func TestConnectionWithoutAStatementIsSevered(t *testing.T) {
+	t.Parallel()
+	for name, hold := range map[string]struct {
+		take  func(t *testing.T, pool *pgxdrain.Pool) (use func() error, release func())
+		state pgxdrain.State
+	}{
+		"transaction left idle": {func(t *testing.T, pool *pgxdrain.Pool) (func() error, func()) {
+			tx := must[pgx.Tx](t)(pool.Begin(context.Background()))
+			if _, err := tx.Exec(context.Background(), "lock table locked"); err != nil {
+				t.Fatal(err)
+			}
+			use := func() error { return tx.Commit(context.Background()) }
+			return use, func() { tx.Rollback(context.Background()) }
+		}, pgxdrain.StateIdleInTransaction},
+		"failed transaction": {func(t *testing.T, pool *pgxdrain.Pool) (func() error, func()) {
+			tx := must[pgx.Tx](t)(pool.Begin(context.Background()))
+			tx.Exec(context.Background(), "select 1/0")
+			use := func() error { _, err := tx.Exec(context.Background(), "select $1::int", 1); return err }
+			return use, func() { tx.Rollback(context.Background()) }
+		}, pgxdrain.StateIdleInTransactionAborted},
+		"connection just held": {func(t *testing.T, pool *pgxdrain.Pool) (func() error, func()) {
+			conn := acquire(t, pool)
+			use := func() error { _, err := conn.Exec(context.Background(), "select 1"); return err }
+			return use, conn.Release
+		}, pgxdrain.StateIdle},
+		"LISTEN loop": {func(t *testing.T, pool *pgxdrain.Pool) (func() error, func()) {
+			conn := acquire(t, pool)
+			if _, err := conn.Exec(context.Background(), "listen news"); err != nil {
+				t.Fatal(err)
+			}
+			use := func() error {
+				_, err := conn.Conn().WaitForNotification(context.Background())
+				return err
+			}
+			return use, conn.Release
+		}, pgxdrain.StateIdle},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pool := newPool(t, forcedParams)
+			look := observer(t, pool)
+			if _, err := look.Exec(t.Context(), "create table locked (n int)"); err != nil {
+				t.Fatal(err)
+			}
+			use, release := hold.take(t, pool)
+			inState(t, pool, hold.state)
+			result := startShutdown(t, context.Background(), pool)
+			if name != "LISTEN loop" { // it is blocked in its use from the beginning
+				eventually(t, "the server has rolled back", func() bool { return sessions(t, look) == 0 })
+			}
+			if err := use(); !errors.Is(err, pgxdrain.ErrShuttingDown) {
+				t.Errorf("the next use: %v", err)
+			}
+			release()
+			e := wantShutdownError(t, <-result)
+			checkReport(t, e.Report)
+			if e.Severed != 1 || e.Operations[0].State != hold.state {
+				t.Errorf("got %v", e)
+			}
+			severed(t, look)
+			if _, err := look.Exec(t.Context(), "lock table locked nowait"); err != nil && sqlState(err) != "25P01" {
+				t.Errorf("the lock is not gone: %v", err)
+			}
+		})
+	}
+}
+
+// The backend is blocked in sending them and takes no cancel request then.
+func TestRowsThatNobodyReadsAreCutOff(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, forcedParams)
+	look := observer(t, pool)
+	rows := must[pgx.Rows](t)(pool.Query(context.Background(), "select repeat('x', 1000) from generate_series(1, 1000000)"))
+	rows.Next()
+	inState(t, pool, pgxdrain.StateActive)
+	result := startShutdown(t, context.Background(), pool)
+	severed(t, look)
+	for rows.Next() {
+	}
+	if err := rows.Err(); !errors.Is(err, pgxdrain.ErrShuttingDown) {
+		t.Errorf("the reader got %v", err)
+	}
+	e := wantShutdownError(t, <-result)
+	checkReport(t, e.Report)
+	if e.Unknown != 1 { // outside a transaction, and not answered
+		t.Errorf("got %v", e)
+	}
+}
+
+func TestHandleThatIsNeverReleasedIsLeakedAndItsSessionGone(t *testing.T) {
+	t.Parallel()
+	for name, leak := range map[string]func(*testing.T, *pgxdrain.Pool) (release func()){
+		"connection": func(t *testing.T, pool *pgxdrain.Pool) func() { return acquire(t, pool).Release },
+		"transaction": func(t *testing.T, pool *pgxdrain.Pool) func() {
+			tx := must[pgx.Tx](t)(pool.Begin(context.Background()))
+			return func() { tx.Rollback(context.Background()) }
+		},
+		"unit of work": func(t *testing.T, pool *pgxdrain.Pool) func() {
+			_, release, err := pool.Hold(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return release
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pool := newPool(t, "pool_drain_timeout=1s")
+			look := observer(t, pool)
+			release := leak(t, pool)
+			e := wantShutdownError(t, shutdownInTime(t, pool))
+			if e.Leaked != 1 || len(e.Operations) != 1 {
+				t.Errorf("got %v", e)
+			}
+			severed(t, look)
+			release()
+			if after := pool.Report(); after.Leaked != 1 || after.Drained != 0 {
+				t.Errorf("the report has changed: %s", brief(after))
+			}
+		})
+	}
+}
+
+func TestQueuedCallersAreFreedFromBehindALeakedConnection(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_drain_timeout=1s&pool_max_conns=1")
+	look := observer(t, pool)
+	conn := acquire(t, pool)
+	const callers = 20
+	result := make(chan error, callers)
+	for range callers {
+		go func() { result <- pool.Ping(context.Background()) }()
+	}
+	eventually(t, "they wait", func() bool { return pool.Report().Waiting == callers })
+	e := wantShutdownError(t, shutdownInTime(t, pool))
+	for range callers {
+		if err := <-result; err != pgxdrain.ErrShuttingDown {
+			t.Errorf("a queued caller got %v", err)
+		}
+	}
+	if e.Leaked != 1 || e.Waiting != callers || e.Refused != callers || e.Admitted != 0 {
+		t.Errorf("got %s", brief(e.Report))
+	}
+	severed(t, look)
+	conn.Release()
+}
+
+func TestCallersWaitingWithACtxOfTheirOwnGetItsError(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_drain_timeout=1s&pool_max_conns=1")
+	conn := acquire(t, pool)
+	defer conn.Release()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := pool.Ping(ctx); err != context.DeadlineExceeded {
+		t.Errorf("got %v (%T), want what pgxpool returns", err, err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	time.AfterFunc(50*time.Millisecond, stop)
+	if err := pool.Ping(ctx); err != context.Canceled {
+		t.Errorf("got %v (%T), want what pgxpool returns", err, err)
+	}
+}
+
+func TestCommitInFlightIsNeverCancelled(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, forcedParams)
+	look := observer(t, pool)
+	slowCommit(t, look, "slow", "3")
+	result := make(chan error, 1)
+	go func() {
+		result <- pgx.BeginFunc(context.Background(), pool, func(tx pgx.Tx) error {
+			_, err := tx.Exec(context.Background(), "insert into slow values (1)")
+			return err
+		})
+	}()
+	inState(t, pool, pgxdrain.StateCommitting)
+	e := wantShutdownError(t, shutdownInTime(t, pool))
+	if err := <-result; !errors.Is(err, pgxdrain.ErrShuttingDown) {
+		t.Errorf("the caller got %v", err)
+	}
+	if e.Unknown != 1 {
+		t.Errorf("got %v", e)
+	}
+	eventually(t, "the row is there", func() bool {
+		var n int
+		return look.QueryRow(t.Context(), "select count(*) from slow").Scan(&n) == nil && n == 1
+	})
+	severed(t, look)
+}
+
+func TestCommitThatEndsDuringTheCancelStepHasDrained(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_drain_timeout=5s&pool_cancel_grace=2500ms")
+	slowCommit(t, observer(t, pool), "slow", "3")
+	result := make(chan error, 1)
+	go func() {
+		result <- pgx.BeginFunc(context.Background(), pool, func(tx pgx.Tx) error {
+			_, err := tx.Exec(context.Background(), "insert into slow values (1)")
+			return err
+		})
+	}()
+	inState(t, pool, pgxdrain.StateCommitting)
+	err := shutdownInTime(t, pool)
+	if caller := <-result; caller != nil {
+		t.Errorf("the caller got %v", caller)
+	}
+	if r := pool.Report(); err != nil || r.Drained != 1 {
+		t.Errorf("got %v, %s", err, brief(r))
+	}
+}
+
+// A COMMIT that somebody else has cancelled is answered: it is known to have been rolled back.
+func TestCommitCancelledBySomebodyElseIsKnown(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, forcedParams)
+	look := observer(t, pool)
+	slowCommit(t, look, "slow", "60")
+	result := make(chan error, 1)
+	go func() {
+		result <- pgx.BeginFunc(context.Background(), pool, func(tx pgx.Tx) error {
+			_, err := tx.Exec(context.Background(), "insert into slow values (1)")
+			return err
+		})
+	}()
+	inState(t, pool, pgxdrain.StateCommitting)
+	pid := only(t, pool).PID
+	shutdown := startShutdown(t, context.Background(), pool)
+	eventually(t, "the cancel step", func() bool { return pool.Report().Step == pgxdrain.StepCancel })
+	if _, err := look.Exec(t.Context(), "select pg_cancel_backend($1)", int32(pid)); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-result; sqlState(err) != "57014" {
+		t.Errorf("the caller got %v", err)
+	}
+	<-shutdown
+	if r := pool.Report(); r.Unknown != 0 || r.Drained != 1 {
+		t.Errorf("got %s", brief(r))
+	}
+}
+
+// No cancel request reaches the server here: it runs what it has been sent to the end, after its client has gone.
+func TestStatementCutOffWithoutAnAnswerIsUnknown(t *testing.T) {
+	t.Parallel()
+	const insert = "insert into n select 1 from pg_sleep(3)"
+	inTransaction := func(sql string) func(context.Context, *pgxdrain.Pool) error {
+		return func(ctx context.Context, pool *pgxdrain.Pool) error {
+			return pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+				_, err := tx.Exec(ctx, sql)
+				return err
+			})
+		}
+	}
+	for name, c := range map[string]struct {
+		run     func(ctx context.Context, pool *pgxdrain.Pool) error
+		outcome pgxdrain.Outcome
+		rows    int
+	}{
+		"statement": {func(ctx context.Context, pool *pgxdrain.Pool) error {
+			_, err := pool.Exec(ctx, insert)
+			return err
+		}, pgxdrain.OutcomeUnknown, 1},
+		"batch": {func(ctx context.Context, pool *pgxdrain.Pool) error {
+			b := &pgx.Batch{}
+			b.Queue("insert into n values (2)")
+			b.Queue(insert)
+			return pool.SendBatch(ctx, b).Close()
+		}, pgxdrain.OutcomeUnknown, 2},
+		"statement in a transaction": {inTransaction(insert), pgxdrain.OutcomeSevered, 0},
+		"text with a COMMIT in it":   {inTransaction(insert + "; commit"), pgxdrain.OutcomeUnknown, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(pgtest.Database(t), forcedParams)))
+			dial := config.ConnConfig.DialFunc
+			var deaf atomic.Bool
+			config.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+				if deaf.Load() {
+					return nil, errors.New("no route to host")
+				}
+				return dial(ctx, network, addr)
+			}
+			pool := newPoolWithConfig(t, config)
+			if _, err := pool.Exec(t.Context(), "create table n (n int)"); err != nil {
+				t.Fatal(err)
+			}
+			look := observer(t, pool)
+			deaf.Store(true)
+
+			result := make(chan error, 1)
+			go func() { result <- c.run(context.Background(), pool) }()
+			eventually(t, "it sleeps", func() bool {
+				ops := pool.Active()
+				return len(ops) == 1 && ops[0].State == pgxdrain.StateActive && strings.Contains(ops[0].Statement, "insert")
+			})
+			e := wantShutdownError(t, shutdownInTime(t, pool))
+			if err := <-result; !errors.Is(err, pgxdrain.ErrShuttingDown) {
+				t.Errorf("the caller got %v", err)
+			}
+			if len(e.Operations) != 1 || e.Operations[0].Outcome != c.outcome {
+				t.Errorf("got %v, want %s", e, c.outcome)
+			}
+			severed(t, look)
+			var n int
+			if err := look.QueryRow(t.Context(), "select count(*) from n").Scan(&n); err != nil || n != c.rows {
+				t.Errorf("%d rows, %v; want %d", n, err, c.rows)
+			}
+		})
+	}
+}
+
+func TestHijackedConnectionsSurviveAForcedEndOfOthers(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, forcedParams)
+	mine := acquire(t, pool).Hijack()
+	defer mine.Close(context.Background())
+	held := acquire(t, pool)
+	result := make(chan error, 1)
+	go func() {
+		_, err := held.Exec(context.Background(), "select pg_sleep(60)")
+		held.Release()
+		result <- err
+	}()
+	inState(t, pool, pgxdrain.StateActive)
+	e := wantShutdownError(t, shutdownInTime(t, pool))
+	<-result
+	if e.Cancelled != 1 || len(e.Operations) != 1 {
+		t.Errorf("got %v", e)
+	}
+	if _, err := mine.Exec(t.Context(), "select 1"); err != nil {
+		t.Errorf("the hijacked connection: %v", err)
+	}
+}
+
+func TestHoldAdmitsItsAcquisitionsWhileDraining(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_max_conns=1")
+	ctx, release, err := pool.Hold(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if op := only(t, pool); op.State != pgxdrain.StateHold || op.PID != 0 {
+		t.Errorf("got %+v", op)
+	}
+	result := startShutdown(t, testContext(t), pool)
+	for range 10 {
+		if _, err := pool.Exec(ctx, "select 1"); err != nil {
+			t.Fatalf("under the hold: %v", err)
+		}
+	}
+	inner, innerRelease, err := pool.Hold(ctx) // a part of it
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := pool.Ping(inner); err != nil {
+		t.Error(err)
+	}
+	if _, _, err := pool.Hold(t.Context()); err != pgxdrain.ErrShuttingDown {
+		t.Errorf("a new one: %v", err)
+	}
+	if err := pool.Ping(t.Context()); err != pgxdrain.ErrShuttingDown {
+		t.Errorf("without it: %v", err)
+	}
+	if r := pool.Report(); r.Active != 1 || r.Waiting != 0 || r.Step != pgxdrain.StepDrain {
+		t.Errorf("got %s", brief(r))
+	}
+	innerRelease()
+	release()
+	release()
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	r := pool.Report()
+	checkReport(t, r)
+	if r.Drained != 1 || r.Refused != 2 {
+		t.Errorf("got %s", brief(r))
+	}
+	if err := pool.Ping(ctx); err != pgxdrain.ErrShuttingDown {
+		t.Errorf("after its release: %v", err)
+	}
+}
+
+func TestHoldIsCancelledAtTheCancelStepWithCauseErrShuttingDown(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, forcedParams)
+	ctx, release, err := pool.Hold(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		defer release()
+		for {
+			if _, err := pool.Exec(ctx, "select pg_sleep(0.01)"); err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	e := wantShutdownError(t, shutdownInTime(t, pool))
+	<-ended
+	if ctx.Err() != context.Canceled || context.Cause(ctx) != pgxdrain.ErrShuttingDown {
+		t.Errorf("got %v, cause %v", ctx.Err(), context.Cause(ctx))
+	}
+	cancelled := 0
+	for _, op := range e.Operations {
+		if op.State == pgxdrain.StateHold && op.Outcome == pgxdrain.OutcomeCancelled {
+			cancelled++
+		}
+	}
+	if cancelled != 1 || e.Active == 0 {
+		t.Errorf("got %v", e)
+	}
+}
+
+func TestHoldReleasedBeforeAShutdownAdmitsNothing(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "")
+	ctx, release, err := pool.Hold(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	release()
+	if r := pool.Report(); r.Active != 0 || r.Waiting != 0 {
+		t.Errorf("got %s", brief(r))
+	}
+	if err := pool.Shutdown(testContext(t)); err != nil {
+		t.Error(err)
+	}
+	if err := pool.Ping(ctx); err != pgxdrain.ErrShuttingDown {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestCtxThatIsDoneOnEntryCancelsSeversAndClosesInTheGracesTime(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_drain_timeout=1h&pool_cancel_grace=1s")
+	look := observer(t, pool)
+	result := make(chan error, 1)
+	go func() {
+		_, err := pool.Exec(context.Background(), "select pg_sleep(60)")
+		result <- err
+	}()
+	inState(t, pool, pgxdrain.StateActive)
+	conn := acquire(t, pool)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	start := time.Now()
+	e := wantShutdownError(t, pool.Shutdown(ctx))
+	if took := time.Since(start); took > time.Second+late {
+		t.Errorf("took %v", took)
+	}
+	if err := <-result; sqlState(err) != "57014" {
+		t.Errorf("the caller got %v", err)
+	}
+	if e.Cancelled != 1 || e.Leaked != 1 || !errors.Is(e, context.Canceled) {
+		t.Errorf("got %v", e)
+	}
+	severed(t, look)
+	conn.Release()
+}
+
+func TestShutdownErrorNamesEachStraggler(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, "pool_drain_timeout=1s&pool_name=orders")
+	tx := must[pgx.Tx](t)(pool.Begin(t.Context()))
+	if _, err := tx.Exec(t.Context(), "select 'secret'"); err != nil {
+		t.Fatal(err)
+	}
+	pid := tx.Conn().PgConn().PID()
+	err := shutdownInTime(t, pool)
+	tx.Rollback(context.Background())
+	want := regexp.MustCompile(fmt.Sprintf(
+		`^pgxdrain: pool orders: 1 of 1 operations not drained within 1\.\d+s: leaked: idle in transaction, held for 1\.\d+s, pid %d, "select \?"$`, pid))
+	if err == nil || !want.MatchString(err.Error()) {
+		t.Errorf("got %v\nwant %v", err, want)
+	}
+}
+
+func TestLeakDetectionLogsTheStackThatAcquiredOnceAndTheReturn(t *testing.T) {
+	t.Parallel()
+	var log lines
+	pool := newPool(t, "pool_leak_threshold=50ms&pool_name=orders&pool_max_conns=3",
+		pgxdrain.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+	ctx, cancel := pool.DrainContext(t.Context())
+	defer cancel()
+	listener := must[*pgxpool.Conn](t)(pool.Acquire(ctx))
+	defer listener.Release()
+	conn := theLeakyFunction(t, pool)
+	const suspected = `level=WARN msg="pgxdrain: connection held for longer than the leak threshold" pool=orders threshold=50ms held=`
+	eventually(t, "it is logged", func() bool { return strings.Contains(log.String(), suspected) })
+	time.Sleep(200 * time.Millisecond) // for a second line, or one of the listener, that must not come
+	conn.Release()
+	got := log.String()
+	if n := strings.Count(got, suspected); n != 1 {
+		t.Errorf("logged %d times:\n%s", n, got)
+	}
+	for _, want := range []string{
+		"theLeakyFunction", "shutdown_test.go:", "state=idle",
+		`level=INFO msg="pgxdrain: connection held for longer than the leak threshold came back" pool=orders held=`,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%s is not in\n%s", want, got)
+		}
+	}
+	conn = acquire(t, pool) // the next lease of the same connection is another
+	conn.Release()
+}
+
+//go:noinline
+func theLeakyFunction(t *testing.T, pool *pgxdrain.Pool) *pgxpool.Conn { return acquire(t, pool) }

@@ -2,14 +2,22 @@ package pgxdrain
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
 	"reflect"
+	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/multitracer"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"go.opentelemetry.io/otel/trace"
 )
@@ -23,9 +31,11 @@ const (
 	StateIdleInTransaction        State = "idle in transaction"           // in a transaction, no statement running
 	StateIdleInTransactionAborted State = "idle in transaction (aborted)" // the same, and a statement of it has failed
 	StateCommitting               State = "committing"                    // a COMMIT runs; "active" to pg_stat_activity
+	StateHold                     State = "hold"                          // a unit of work between Hold and its release; no connection
 )
 
-// Operation is a connection in use, from its acquisition to its release, seen at one moment.
+// Operation is a connection in use, from its acquisition to its release, or a unit of work that [Pool.Hold] counts, seen at one
+// moment. A unit of work has only a State, AcquiredAt, Held and SpanContext; the connections it uses are operations of their own.
 //
 // It is made from what pgx's tracer hooks tell. Statements that bypass them, through [pgx.Conn.PgConn], are not seen: the
 // connection is held all the same, and what the server says of its transaction is taken up at the next statement.
@@ -49,8 +59,9 @@ type Operation struct {
 	// SpanContext is of the span that was current when the connection was acquired; not valid if there was none.
 	SpanContext trace.SpanContext
 
-	// Outcome is how the operation ended, in the [Report] of a shutdown; empty while it has not.
-	Outcome Outcome
+	// Of the [Report] of a shutdown.
+	Outcome  Outcome // how the operation has ended; empty while it has not
+	Admitted bool    // it began after the gate had closed
 }
 
 // gateClosed is the bit of the gate's word that says so; the others count.
@@ -65,17 +76,17 @@ type gate struct {
 
 func newGate() gate { return gate{empty: make(chan struct{}, 1)} }
 
-// enter counts one in and reports true, or reports false if the gate is closed.
-func (g *gate) enter() bool {
-	if g.word.Add(1)&gateClosed == 0 {
-		return true
+// enter counts one in and returns how many are in with it, or reports false if the gate is closed.
+func (g *gate) enter() (in int, ok bool) {
+	if w := g.word.Add(1); w&gateClosed == 0 {
+		return int(w), true
 	}
 	g.leave()
-	return false
+	return 0, false
 }
 
 // enterUnder counts one in whether or not the gate is closed. The caller must have entered and not left yet.
-func (g *gate) enterUnder() { g.word.Add(1) }
+func (g *gate) enterUnder() (in int) { return int(g.word.Add(1) &^ gateClosed) }
 
 // leave counts one out.
 func (g *gate) leave() {
@@ -115,10 +126,18 @@ type tracer struct {
 	gate     gate
 	refused  atomic.Int64
 
-	shutdown *shutdown // is told of leases that begin or end while the gate is closed
+	shutdown *shutdown     // is told of leases that begin or end while the gate is closed
+	leaks    *leakDetector // nil: off
 
-	mu  sync.Mutex
-	set []*record // of the pool's connections that have been acquired once; changes when one comes or goes
+	// freed is done, with cause ErrShuttingDown, once those that wait for a connection are to be freed.
+	freed context.Context
+	free  context.CancelCauseFunc
+
+	mu      sync.Mutex
+	set     []*record            // of the pool's connections that have been acquired once; changes when one comes or goes
+	sockets map[*socket]struct{} // of the pool's connections, from the dial to the close; likewise
+	holds   map[*hold]struct{}
+	severed bool // no connection is made any more
 }
 
 var (
@@ -128,10 +147,18 @@ var (
 	_ pgx.BatchTracer       = (*tracer)(nil)
 	_ pgx.CopyFromTracer    = (*tracer)(nil)
 	_ pgx.PrepareTracer     = (*tracer)(nil)
+	_ pgx.ConnectTracer     = (*tracer)(nil)
 )
 
 func newTracer(maxConns int32) *tracer {
-	return &tracer{gate: newGate(), maxConns: int(maxConns)}
+	t := &tracer{
+		gate:     newGate(),
+		maxConns: int(maxConns),
+		sockets:  make(map[*socket]struct{}),
+		holds:    make(map[*hold]struct{}),
+	}
+	t.freed, t.free = context.WithCancelCause(context.Background())
+	return t
 }
 
 // composed is a user's tracer with ours.
@@ -177,13 +204,41 @@ var done = func() <-chan struct{} {
 func (refusedContext) Done() <-chan struct{} { return done }
 func (refusedContext) Err() error            { return ErrShuttingDown }
 
+// queuedContext is the context of an acquisition that has to wait for a connection to come back. puddle's Close leaves those
+// who wait in its semaphore where they are, behind a leaked connection for ever; this way they can be freed.
+type queuedContext struct {
+	context.Context
+	by      *tracer
+	dequeue func()
+}
+
+func (t *tracer) queue(ctx context.Context) context.Context {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(t.freed, func() { cancel(ErrShuttingDown) })
+	return &queuedContext{ctx, t, func() { stop(); cancel(nil) }}
+}
+
+func (c *queuedContext) Err() error {
+	err := c.Context.Err()
+	if err != nil && context.Cause(c.Context) == ErrShuttingDown {
+		return ErrShuttingDown
+	}
+	return err
+}
+
 func (t *tracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
 	if pool != t.pool {
 		return ctx
 	}
-	if !t.gate.enter() {
-		t.refused.Add(1)
-		return refusedContext{ctx, t}
+	in, ok := t.gate.enter()
+	if !ok {
+		if in, ok = t.enterUnderHold(ctx); !ok {
+			t.refused.Add(1)
+			return refusedContext{ctx, t}
+		}
+	}
+	if in > t.maxConns {
+		return t.queue(ctx)
 	}
 	return ctx
 }
@@ -192,10 +247,20 @@ func (t *tracer) TraceAcquireEnd(ctx context.Context, pool *pgxpool.Pool, data p
 	if pool != t.pool {
 		return
 	}
-	if c, ok := ctx.(refusedContext); ok && c.by == t {
-		return
+	switch c := ctx.(type) {
+	case refusedContext:
+		if c.by == t {
+			return
+		}
+	case *queuedContext:
+		if c.by == t {
+			c.dequeue()
+		}
 	}
 	if data.Conn == nil { // Err may be nil even so: one of the user's hooks has panicked
+		if errors.Is(data.Err, ErrShuttingDown) {
+			t.refused.Add(1)
+		}
 		t.gate.leave()
 		return
 	}
@@ -213,8 +278,8 @@ func (t *tracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.T
 	return ctx
 }
 
-func (t *tracer) TraceQueryEnd(_ context.Context, conn *pgx.Conn, _ pgx.TraceQueryEndData) {
-	t.statementEnds(conn, query)
+func (t *tracer) TraceQueryEnd(_ context.Context, conn *pgx.Conn, data pgx.TraceQueryEndData) {
+	t.statementEnds(conn, query, data.Err)
 }
 
 func (t *tracer) TraceBatchStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceBatchStartData) context.Context {
@@ -227,8 +292,8 @@ func (t *tracer) TraceBatchStart(ctx context.Context, conn *pgx.Conn, data pgx.T
 
 func (t *tracer) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
 
-func (t *tracer) TraceBatchEnd(_ context.Context, conn *pgx.Conn, _ pgx.TraceBatchEndData) {
-	t.statementEnds(conn, batch)
+func (t *tracer) TraceBatchEnd(_ context.Context, conn *pgx.Conn, data pgx.TraceBatchEndData) {
+	t.statementEnds(conn, batch, data.Err)
 }
 
 func (t *tracer) TraceCopyFromStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceCopyFromStartData) context.Context {
@@ -243,8 +308,8 @@ func (t *tracer) TraceCopyFromStart(ctx context.Context, conn *pgx.Conn, data pg
 	return ctx
 }
 
-func (t *tracer) TraceCopyFromEnd(_ context.Context, conn *pgx.Conn, _ pgx.TraceCopyFromEndData) {
-	t.statementEnds(conn, copyFrom)
+func (t *tracer) TraceCopyFromEnd(_ context.Context, conn *pgx.Conn, data pgx.TraceCopyFromEndData) {
+	t.statementEnds(conn, copyFrom, data.Err)
 }
 
 func (t *tracer) TracePrepareStart(ctx context.Context, conn *pgx.Conn, data pgx.TracePrepareStartData) context.Context {
@@ -253,9 +318,23 @@ func (t *tracer) TracePrepareStart(ctx context.Context, conn *pgx.Conn, data pgx
 }
 
 func (t *tracer) TracePrepareEnd(_ context.Context, conn *pgx.Conn, data pgx.TracePrepareEndData) {
-	t.statementEnds(conn, prepare)
+	t.statementEnds(conn, prepare, data.Err)
 	if data.Err != nil {
-		t.statementEnds(conn, copyFrom) // of a table that could not be described: pgx does not call TraceCopyFromEnd then
+		t.statementEnds(conn, copyFrom, data.Err) // of a table that could not be described: pgx does not call TraceCopyFromEnd then
+	}
+}
+
+func (t *tracer) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
+	return ctx
+}
+
+// TraceConnectEnd notes that a connection has been made: what is dialed with its config from now on is something else.
+func (t *tracer) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData) {
+	if data.Conn == nil {
+		return
+	}
+	if s := socketOf(data.Conn.PgConn().Conn()); s != nil && s.tracer == t {
+		s.attempt.succeeded.Store(true)
 	}
 }
 
@@ -279,8 +358,11 @@ func (t *tracer) acquired(ctx context.Context, conn *pgx.Conn) {
 		r = t.newRecord(conn)
 	}
 	r.acquired(ctx)
+	if t.leaks != nil {
+		t.leaks.noteAcquirer(ctx, r)
+	}
 	if t.gate.closed() {
-		t.shutdown.admitted(r)
+		t.shutdown.admitted(r, t.holdIn(ctx) != nil)
 	}
 }
 
@@ -290,15 +372,18 @@ func (t *tracer) statementStarts(conn *pgx.Conn, s statement) {
 	}
 }
 
-func (t *tracer) statementEnds(conn *pgx.Conn, kind statementKind) {
+func (t *tracer) statementEnds(conn *pgx.Conn, kind statementKind, err error) {
 	if r := t.record(conn); r != nil {
-		r.statementEnds(kind)
+		r.statementEnds(kind, err)
 	}
 }
 
 func (t *tracer) newRecord(conn *pgx.Conn) *record {
-	r := &record{tracer: t, conn: conn, pid: conn.PgConn().PID()}
+	r := &record{tracer: t, conn: conn, pid: conn.PgConn().PID(), socket: socketOf(conn.PgConn().Conn())}
 	conn.PgConn().CustomData()[recordKey] = r
+	if r.socket != nil {
+		r.socket.record.Store(r)
+	}
 
 	t.mu.Lock()
 	r.index = len(t.set)
@@ -341,6 +426,9 @@ func (t *tracer) waiting() int {
 			n--
 		}
 	}
+	t.mu.Lock()
+	n -= len(t.holds)
+	t.mu.Unlock()
 	return max(0, n)
 }
 
@@ -374,6 +462,7 @@ func (t *tracer) reconcile() {
 	for _, l := range before {
 		if !conns[l.record.conn] && l.record.hijacked(l.number) {
 			t.forget(l.record)
+			t.disown(l.record.socket)
 			t.gate.leave()
 		}
 	}
@@ -421,11 +510,17 @@ type record struct {
 	tracer *tracer
 	conn   *pgx.Conn
 	pid    uint32
-	index  int // in the tracer's set, guarded by its mutex; -1 once out of it
+	socket *socket // nil if the user's AfterNetConnect has hidden it
+	index  int     // in the tracer's set, guarded by its mutex; -1 once out of it
 
-	mu      sync.Mutex
-	current lease // zero while the connection is not acquired
-	leases  uint32
+	mu         sync.Mutex
+	current    lease // zero while the connection is not acquired
+	leases     uint32
+	cancelling chan struct{} // while a cancel request is under way: closed at its end
+
+	cancelPending atomic.Bool // a cancel request is under way or about to be
+
+	stack *stack // for leak detection; made with the first lease that needs it
 }
 
 // lease is one use of a connection, from its acquisition to its release. Its times are by the clock of now.
@@ -437,11 +532,20 @@ type lease struct {
 
 	statement
 	statementStart   time.Duration
-	running          bool // the statement; otherwise it is the last one
-	tx               byte // I, T or E: as the server said at the end of the last statement
-	transactionStart time.Duration
+	running          bool          // the statement; otherwise it is the last one
+	tx               byte          // I, T or E: as the server said at the end of the last statement
+	transactionStart time.Duration // of the last one, if tx is I
 
-	followed *followed // set while a shutdown waits for the lease to end
+	// Of leak detection.
+	stack     *stack // of the caller that acquired it
+	suspected bool   // it has been held for longer than the threshold, and that was logged
+
+	// Of a shutdown.
+	followed    *followed // set while it waits for the lease to end
+	underHold   bool      // and waits for a hold instead, however many leases that takes
+	cancelAsked bool      // it has sent a cancel request
+	cancelled   bool      // and a statement was cancelled
+	cut         Outcome   // severed or unknown, once it has closed the socket
 }
 
 // statement is what a hook told of a statement.
@@ -467,7 +571,7 @@ var epoch = time.Now()
 
 func now() time.Duration { return time.Since(epoch) }
 
-// The caller of these four must be the one that has the use of the connection.
+// The caller of these must be the one that has the use of the connection.
 
 func (r *record) acquired(ctx context.Context) {
 	tx := r.conn.PgConn().TxStatus() // a PrepareConn hook may have begun a transaction
@@ -481,11 +585,15 @@ func (r *record) acquired(ctx context.Context) {
 
 // release ends the lease, or reports false if there is none: the raw pool's AcquireAllIdle begins none.
 func (r *record) release() bool {
+	r.awaitCancel()
 	ended, ok := r.endLease(0)
+	if ended.suspected {
+		r.tracer.leaks.cameBack(r.pid, &ended)
+	}
 	switch {
 	case ended.followed != nil:
-		ended.followed.ended(OutcomeDrained)
-	case ok && r.tracer.gate.closed():
+		ended.followed.ended(ended.outcome(), &ended)
+	case ok && !ended.underHold && r.tracer.gate.closed():
 		r.tracer.shutdown.missed(r, &ended)
 	}
 	return ok
@@ -497,6 +605,13 @@ func (r *record) statementStarts(s statement) {
 	}
 	at := now()
 	r.mu.Lock()
+	for r.cancelling != nil {
+		// The cancel request was for the statement before this one. The server drops it if it comes between the two, but
+		// it could come late and hit this one, which may be a COMMIT.
+		r.mu.Unlock()
+		r.awaitCancel()
+		r.mu.Lock()
+	}
 	// A query or a COPY that has to be prepared first calls the prepare hooks from within its own.
 	if l := &r.current; l.leased && !(s.kind == prepare && l.running) {
 		l.statement, l.statementStart, l.running = s, at, true
@@ -504,7 +619,7 @@ func (r *record) statementStarts(s statement) {
 	r.mu.Unlock()
 }
 
-func (r *record) statementEnds(kind statementKind) {
+func (r *record) statementEnds(kind statementKind, err error) {
 	pgConn := r.conn.PgConn()
 	if pgConn.IsBusy() {
 		return // the end of one that was refused
@@ -516,8 +631,7 @@ func (r *record) statementEnds(kind statementKind) {
 	r.mu.Lock()
 	// pgx ends a batch that could not be sent twice.
 	if l := &r.current; l.leased && l.running && l.kind == kind {
-		l.running = false
-		l.setTx(tx, l.statementStart)
+		l.ended(tx, err)
 	}
 	r.mu.Unlock()
 }
@@ -552,6 +666,13 @@ func (r *record) endLease(number uint32) (ended lease, ok bool) {
 	return ended, true
 }
 
+// setUnderHold marks the current lease as part of a unit of work. The caller must have the use of the connection.
+func (r *record) setUnderHold() {
+	r.mu.Lock()
+	r.current.underHold = true
+	r.mu.Unlock()
+}
+
 // attach lets f follow its lease, or reports false if that has ended or is followed already.
 func (r *record) attach(f *followed) bool {
 	r.mu.Lock()
@@ -574,13 +695,55 @@ func (r *record) operation(text func(string) string) (Operation, bool) {
 
 // setTx takes up what the server says of the transaction after a statement that began at start.
 func (l *lease) setTx(tx byte, start time.Duration) {
-	switch {
-	case tx == 'I':
-		l.transactionStart = 0
-	case l.tx == 'I':
+	if l.tx == 'I' && tx != 'I' {
 		l.transactionStart = start
 	}
 	l.tx = tx
+}
+
+// lastTransaction is when the last transaction began, also if it has ended since; zero if there was none.
+func (l *lease) lastTransaction() time.Time {
+	if l.transactionStart == 0 {
+		return time.Time{}
+	}
+	return time.Now().Add(l.transactionStart - now())
+}
+
+// ended takes up the end of the statement in progress.
+func (l *lease) ended(tx byte, err error) {
+	l.running = false
+	l.setTx(tx, l.statementStart)
+	if l.cancelAsked || l.cut != "" {
+		l.answered(err)
+	}
+}
+
+// answered takes up how a statement has ended that the shutdown laid hands on. (It is apart from ended because pgErr escapes
+// to the heap.)
+func (l *lease) answered(err error) {
+	var pgErr *pgconn.PgError
+	byServer := err == nil || errors.As(err, &pgErr)
+	if l.cancelAsked && pgErr != nil && pgErr.Code == queryCanceled {
+		l.cancelled = true
+	}
+	if l.cut == OutcomeUnknown && byServer {
+		l.cut = "" // the answer was there before the socket was closed
+	}
+}
+
+// queryCanceled is the SQLSTATE of a statement that was cancelled.
+const queryCanceled = "57014"
+
+// outcome is that of a lease that a shutdown followed and that has been released.
+func (l *lease) outcome() Outcome {
+	switch {
+	case l.cut != "":
+		return l.cut
+	case l.cancelled:
+		return OutcomeCancelled
+	default:
+		return OutcomeDrained
+	}
 }
 
 func (l *lease) operation(pid uint32, text func(string) string) Operation {
@@ -591,17 +754,20 @@ func (l *lease) operation(pid uint32, text func(string) string) Operation {
 		}
 		return wall.Add(d - clock)
 	}
-	return Operation{
-		PID:              pid,
-		State:            l.state(),
-		Statement:        text(l.text()),
-		BatchSize:        l.batchSize,
-		AcquiredAt:       at(l.at),
-		StatementStart:   at(l.statementStart),
-		TransactionStart: at(l.transactionStart),
-		Held:             clock - l.at,
-		SpanContext:      trace.SpanContextFromContext(l.ctx),
+	op := Operation{
+		PID:            pid,
+		State:          l.state(),
+		Statement:      text(l.text()),
+		BatchSize:      l.batchSize,
+		AcquiredAt:     at(l.at),
+		StatementStart: at(l.statementStart),
+		Held:           clock - l.at,
+		SpanContext:    trace.SpanContextFromContext(l.ctx),
 	}
+	if l.tx != 'I' {
+		op.TransactionStart = at(l.transactionStart)
+	}
+	return op
 }
 
 func (l *lease) state() State {
@@ -630,6 +796,11 @@ func (s *statement) text() string {
 	return "copy " + table.Sanitize() + " from stdin"
 }
 
+// mayEndTransaction reports whether the statement in progress may have a COMMIT in it, at its beginning or further on.
+func (l *lease) mayEndTransaction() bool {
+	return l.kind == batch || endsTransaction(l.sql) || strings.Contains(l.sql, ";")
+}
+
 // endsTransaction reports whether sql begins with a command that commits a transaction.
 func endsTransaction(sql string) bool {
 	first, second := firstWords(sql)
@@ -640,5 +811,459 @@ func endsTransaction(sql string) bool {
 		return second == "transaction"
 	default:
 		return false
+	}
+}
+
+// leakDetector logs connections that are held for long, with the stack that acquired them.
+type leakDetector struct {
+	threshold time.Duration
+	log       func() *slog.Logger
+	text      func(sql string) string
+}
+
+// stack holds the innermost frames of a caller. 32 reach through a router and its middleware.
+type stack [32]uintptr
+
+// watchedKey is the key by which a context of DrainContext says so.
+type watchedKey struct{ *tracer }
+
+// noteAcquirer keeps the stack of the caller that is acquiring r, unless its context is from DrainContext: who listens or polls
+// means to keep the connection.
+func (d *leakDetector) noteAcquirer(ctx context.Context, r *record) {
+	if ctx.Value(watchedKey{r.tracer}) != nil {
+		return
+	}
+	if r.stack == nil {
+		r.stack = new(stack)
+	}
+	clear(r.stack[:])
+	runtime.Callers(4, r.stack[:]) // from pgxpool's frames on: without Callers, this, acquired and the hook
+	r.mu.Lock()
+	r.current.stack = r.stack
+	r.mu.Unlock()
+}
+
+// run looks at the leases until the pool has shut down.
+func (d *leakDetector) run(t *tracer) {
+	tick := time.NewTicker(min(max(d.threshold/10, time.Millisecond), time.Second))
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			d.look(t)
+		case <-t.shutdown.done:
+			return
+		}
+	}
+}
+
+func (d *leakDetector) look(t *tracer) {
+	t.reconcile()
+	for _, r := range t.records() {
+		r.mu.Lock()
+		l := &r.current
+		if !l.leased || l.suspected || l.stack == nil || now()-l.at < d.threshold {
+			r.mu.Unlock()
+			continue
+		}
+		l.suspected = true
+		suspect, frames := *l, *l.stack
+		r.mu.Unlock()
+		op := suspect.operation(r.pid, d.text)
+		d.log().Warn("pgxdrain: connection held for longer than the leak threshold", "threshold", d.threshold,
+			"held", op.Held.Round(time.Millisecond), "pid", op.PID, "state", op.State, "statement", op.Statement,
+			"acquired_by", frames.String())
+	}
+}
+
+func (d *leakDetector) cameBack(pid uint32, l *lease) {
+	d.log().Info("pgxdrain: connection held for longer than the leak threshold came back",
+		"held", (now() - l.at).Round(time.Millisecond), "pid", pid)
+}
+
+// String is the stack as panics print it, a function and its place a frame.
+func (s *stack) String() string {
+	n := slices.Index(s[:], 0)
+	if n < 0 {
+		n = len(s)
+	}
+	var b strings.Builder
+	frames := runtime.CallersFrames(s[:n])
+	for {
+		frame, more := frames.Next()
+		fmt.Fprintf(&b, "%s\n\t%s:%d\n", frame.Function, frame.File, frame.Line)
+		if !more {
+			return b.String()
+		}
+	}
+}
+
+// Ending from outside. Only two things may be done to a connection that another goroutine has the use of: asking the server to
+// cancel its statement, and closing the socket under it.
+
+// cancel asks the server to cancel the statement in progress, if there is one and it is not a COMMIT, and returns when the server
+// has closed the connection of the request or ctx is done. Nothing else happens on the connection meanwhile: the next
+// statement, the release and the close wait for it, so that it cannot hit what comes after, and because PgBouncer 1.18 dies of
+// a client that leaves while a cancel request of it is under way (pgbouncer #801, #822).
+func (r *record) cancel(ctx context.Context) {
+	r.mu.Lock()
+	if !r.current.cancellable() {
+		r.mu.Unlock()
+		return
+	}
+	over := make(chan struct{})
+	r.cancelling = over
+	r.current.cancelAsked = true
+	r.mu.Unlock()
+
+	_ = r.conn.PgConn().CancelRequest(ctx) // what cannot be cancelled is severed
+
+	r.mu.Lock()
+	r.cancelling = nil
+	r.mu.Unlock()
+	close(over)
+}
+
+func (r *record) cancellable() bool {
+	l := r.lease()
+	return l.cancellable()
+}
+
+func (l *lease) cancellable() bool {
+	return l.leased && l.running && l.cut == "" && l.state() != StateCommitting
+}
+
+// awaitCancel waits until no cancel request is under way. They are bounded by the ctx of cancel; should a dialer of the user's
+// not keep to that, the end of the sever step frees whoever waits here.
+func (r *record) awaitCancel() {
+	r.mu.Lock()
+	over := r.cancelling
+	r.mu.Unlock()
+	if over == nil {
+		return
+	}
+	select {
+	case <-over:
+	case <-r.tracer.shutdown.cancelsOver:
+	}
+}
+
+// sever closes the socket of the current lease. onlyIdle spares one that has a statement in progress.
+func (r *record) sever(onlyIdle bool) {
+	r.mu.Lock()
+	l := &r.current
+	if !l.leased || l.cut != "" || onlyIdle && l.running {
+		r.mu.Unlock()
+		return
+	}
+	l.cut = l.cutOff()
+	if r.socket != nil {
+		// Before the lock is given back: the owner's next statement must find the socket severed, or it might be sent
+		// although it is taken to have been idle.
+		r.socket.severed.Store(true)
+	}
+	r.mu.Unlock()
+	if r.socket != nil {
+		r.socket.sever()
+		return
+	}
+	r.conn.PgConn().Conn().Close()
+}
+
+// cutOff is what becomes of an operation whose socket is closed now.
+func (l *lease) cutOff() Outcome {
+	switch {
+	case !l.running || l.kind == prepare:
+		return OutcomeSevered
+	case l.tx == 'I' || l.mayEndTransaction():
+		return OutcomeUnknown
+	default:
+		return OutcomeSevered
+	}
+}
+
+// socket is the net.Conn that a connection was dialed as.
+type socket struct {
+	net.Conn
+	tracer  *tracer
+	attempt *attempt
+	stop    context.CancelFunc // of the dial's context
+	record  atomic.Pointer[record]
+	severed atomic.Bool
+}
+
+// attempt is the making of one connection, perhaps by several dials.
+type attempt struct{ succeeded, severed atomic.Bool }
+
+// errSevered is what the user of a connection gets whose socket was closed under it.
+//
+// To net.Error it is a timeout, because pgconn keeps that for its caller in every case. Of any other error that a statement
+// without arguments, as COMMIT is, meets while it waits for its answer, pgconn 5.12 leaves only "conn closed"
+// (MultiResultReader.NextResult drops what peekMessage returns).
+var errSevered net.Error = severedError{}
+
+type severedError struct{}
+
+func (severedError) Error() string   { return "pgxdrain: connection severed: pool is shutting down" }
+func (severedError) Unwrap() error   { return ErrShuttingDown }
+func (severedError) Timeout() bool   { return true }
+func (severedError) Temporary() bool { return false }
+
+// dialer wraps the dial function of a connection that is about to be made.
+func (t *tracer) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
+	a := &attempt{}
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if a.succeeded.Load() {
+			// A cancel request: ours, or one that pgconn makes when it gives a connection up. After the socket was severed
+			// that would only go out, perhaps into a dead network, to ask for what we have asked already.
+			if a.severed.Load() {
+				return nil, errSevered
+			}
+			return dial(ctx, network, addr)
+		}
+
+		ctx, stop := context.WithCancel(ctx)
+		s := &socket{tracer: t, attempt: a, stop: stop}
+		if !t.own(s) {
+			stop()
+			return nil, errSevered
+		}
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			t.disown(s)
+			stop()
+			if s.severed.Load() {
+				err = errSevered
+			}
+			return nil, err
+		}
+		if !s.dialed(conn) {
+			conn.Close()
+			return nil, errSevered
+		}
+		return s, nil
+	}
+}
+
+// own takes s into the set, unless no connection is to be made any more.
+func (t *tracer) own(s *socket) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.severed {
+		return false
+	}
+	t.sockets[s] = struct{}{}
+	return true
+}
+
+// disown takes s out of the set: it is closed, or not the pool's any more.
+func (t *tracer) disown(s *socket) {
+	if s == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.sockets, s)
+}
+
+// dialed gives s its connection, or reports false if it was severed meanwhile.
+func (s *socket) dialed(conn net.Conn) bool {
+	s.tracer.mu.Lock()
+	defer s.tracer.mu.Unlock()
+	s.Conn = conn
+	return !s.severed.Load()
+}
+
+func (s *socket) Read(b []byte) (int, error) {
+	n, err := s.Conn.Read(b)
+	if err != nil && s.severed.Load() {
+		err = errSevered
+	}
+	return n, err
+}
+
+func (s *socket) Write(b []byte) (int, error) {
+	if s.severed.Load() {
+		return 0, errSevered
+	}
+	n, err := s.Conn.Write(b)
+	if err != nil && s.severed.Load() {
+		err = errSevered
+	}
+	return n, err
+}
+
+func (s *socket) Close() error {
+	if r := s.record.Load(); r != nil {
+		r.awaitCancel()
+	}
+	s.tracer.disown(s)
+	s.stop()
+	return s.Conn.Close()
+}
+
+// NetConn returns the connection that the dial function made.
+func (s *socket) NetConn() net.Conn { return s.Conn }
+
+// sever closes the connection, or gives up making it.
+func (s *socket) sever() {
+	s.attempt.severed.Store(true)
+	s.severed.Store(true)
+	s.stop()
+	s.tracer.mu.Lock()
+	conn := s.Conn
+	s.tracer.mu.Unlock()
+	if conn != nil {
+		conn.Close()
+	}
+}
+
+// severConnecting gives up the connections that are being made, and lets no more be made.
+func (t *tracer) severConnecting() {
+	t.severSockets(func(s *socket) bool { return !s.attempt.succeeded.Load() })
+}
+
+// severAll closes every socket of the pool that is still open.
+func (t *tracer) severAll() { t.severSockets(func(*socket) bool { return true }) }
+
+func (t *tracer) severSockets(which func(*socket) bool) {
+	t.mu.Lock()
+	t.severed = true
+	sockets := slices.Collect(maps.Keys(t.sockets))
+	t.mu.Unlock()
+	for _, s := range sockets {
+		if which(s) {
+			s.sever()
+		}
+	}
+}
+
+// socketOf finds the socket under what pgconn, TLS or the user's AfterNetConnect have put on top of it.
+func socketOf(conn net.Conn) *socket {
+	for {
+		switch c := conn.(type) {
+		case *socket:
+			return c
+		case interface{ NetConn() net.Conn }:
+			conn = c.NetConn()
+		default:
+			return nil
+		}
+	}
+}
+
+// hold is a unit of work that [Pool.Hold] counts.
+type hold struct {
+	tracer *tracer
+	at     time.Duration
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+
+	mu       sync.Mutex
+	released bool
+	followed *followed
+	cut      bool // its context was cancelled by the shutdown
+}
+
+// holdKey is the key of a hold in the context that Pool.Hold returns.
+type holdKey struct{ *tracer }
+
+// holdIn returns the hold that ctx belongs to, or nil.
+func (t *tracer) holdIn(ctx context.Context) *hold {
+	h, _ := ctx.Value(holdKey{t}).(*hold)
+	return h
+}
+
+// enterUnderHold counts in an acquisition of a unit of work that was admitted before.
+func (t *tracer) enterUnderHold(ctx context.Context) (in int, ok bool) {
+	h := t.holdIn(ctx)
+	if h == nil {
+		return 0, false
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.released || h.cut {
+		return 0, false
+	}
+	return t.gate.enterUnder(), true
+}
+
+// hold begins a unit of work, or reports false if the gate is closed.
+func (t *tracer) hold(ctx context.Context) (*hold, bool) {
+	if t.holdIn(ctx) != nil { // a part of one is admitted with it
+		if _, ok := t.enterUnderHold(ctx); !ok {
+			return nil, false
+		}
+	} else if _, ok := t.gate.enter(); !ok {
+		return nil, false
+	}
+	h := &hold{tracer: t, at: now()}
+	ctx, h.cancel = context.WithCancelCause(ctx)
+	h.ctx = context.WithValue(ctx, holdKey{t}, h)
+	t.mu.Lock()
+	t.holds[h] = struct{}{}
+	t.mu.Unlock()
+	return h, true
+}
+
+// unitsOfWork returns the holds of this moment.
+func (t *tracer) unitsOfWork() []*hold {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Collect(maps.Keys(t.holds))
+}
+
+// release ends the unit of work. It may be called more than once, by anybody.
+func (h *hold) release() {
+	h.mu.Lock()
+	if h.released {
+		h.mu.Unlock()
+		return
+	}
+	h.released = true
+	f, cut := h.followed, h.cut
+	h.mu.Unlock()
+
+	h.cancel(context.Canceled)
+	t := h.tracer
+	t.mu.Lock()
+	delete(t.holds, h)
+	t.mu.Unlock()
+	if f != nil {
+		outcome := OutcomeDrained
+		if cut {
+			outcome = OutcomeCancelled
+		}
+		f.ended(outcome, nil)
+	}
+	t.gate.leave()
+}
+
+// attach lets f follow the unit of work, or reports false if that has ended or is followed already.
+func (h *hold) attach(f *followed) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.released || h.followed != nil {
+		return false
+	}
+	h.followed = f
+	return true
+}
+
+// end cancels the context of the unit of work. What it acquired is ended as every other operation is.
+func (h *hold) end() {
+	h.mu.Lock()
+	h.cut = true
+	h.mu.Unlock()
+	h.cancel(ErrShuttingDown)
+}
+
+func (h *hold) operation() Operation {
+	held := now() - h.at
+	return Operation{
+		State:       StateHold,
+		AcquiredAt:  time.Now().Add(-held),
+		Held:        held,
+		SpanContext: trace.SpanContextFromContext(h.ctx),
 	}
 }
