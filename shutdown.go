@@ -352,7 +352,7 @@ func (s *shutdown) cancel() bool {
 
 	t.free(ErrShuttingDown)
 	for _, h := range t.unitsOfWork() {
-		h.end()
+		h.refuse()
 	}
 	for _, r := range t.records() {
 		r.sever(true) // a cancel request does nothing for a connection without a statement
@@ -367,6 +367,7 @@ func (s *shutdown) cancel() bool {
 		for _, r := range t.records() {
 			s.cancelStatement(ctx, r, slots)
 		}
+		t.endUnitsOfWork()
 		select {
 		case <-t.gate.empty:
 		case <-again.C:
@@ -423,6 +424,7 @@ func (s *shutdown) sever() {
 	for _, r := range t.records() {
 		r.sever(false)
 	}
+	t.endUnitsOfWork()
 }
 
 // close closes the pool. pgxpool's Close waits for every connection to come back, and up to 15 s for each to close, and
@@ -441,6 +443,7 @@ func (s *shutdown) close() {
 	case <-closed:
 		inTime = true
 	case <-s.deadline.rang:
+		t.reconcile()
 		t.severAll()
 	}
 	s.note(func(r *Report) { r.closed, r.closeEnd = inTime, time.Now() })

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -1237,6 +1238,64 @@ func TestHoldIsCancelledAtTheCancelStepWithCauseErrShuttingDown(t *testing.T) {
 		}
 	}
 	if cancelled != 1 || e.Active == 0 {
+		t.Errorf("got %v", e)
+	}
+}
+
+// pgconn cancels whatever runs when its context is cancelled. So a COMMIT is ended first.
+func TestCommitInFlightUnderAHoldIsNotCancelledEither(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, forcedParams)
+	look := observer(t, pool)
+	slowCommit(t, look, "slow", "3")
+	result := make(chan error, 1)
+	ctx, release, err := pool.Hold(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer release()
+		result <- pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, "insert into slow values (1)")
+			return err
+		})
+	}()
+	eventually(t, "it commits", func() bool {
+		return slices.ContainsFunc(pool.Active(), func(op pgxdrain.Operation) bool { return op.State == pgxdrain.StateCommitting })
+	})
+	e := wantShutdownError(t, shutdownInTime(t, pool))
+	if err := <-result; !errors.Is(err, pgxdrain.ErrShuttingDown) {
+		t.Errorf("the caller got %v", err)
+	}
+	if e.Unknown != 1 || e.Cancelled != 1 || context.Cause(ctx) != pgxdrain.ErrShuttingDown {
+		t.Errorf("got %v, cause %v", e, context.Cause(ctx))
+	}
+	eventually(t, "the row is there", func() bool {
+		var n int
+		return look.QueryRow(t.Context(), "select count(*) from slow").Scan(&n) == nil && n == 1
+	})
+}
+
+// What a unit of work was doing when it was ended has been cancelled or severed, not drained.
+func TestStatementUnderAHoldIsCancelledAtTheServer(t *testing.T) {
+	t.Parallel()
+	pool := newPool(t, forcedParams)
+	ctx, release, err := pool.Hold(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	result := make(chan error, 1)
+	go func() {
+		defer release()
+		_, err := pool.Exec(ctx, "select pg_sleep(60)")
+		result <- err
+	}()
+	eventually(t, "it sleeps", func() bool { return len(pool.Active()) == 2 })
+	e := wantShutdownError(t, shutdownInTime(t, pool))
+	if err := <-result; sqlState(err) != "57014" {
+		t.Errorf("the caller got %v", err)
+	}
+	if e.Cancelled != 2 {
 		t.Errorf("got %v", e)
 	}
 }

@@ -1155,14 +1155,15 @@ func socketOf(conn net.Conn) *socket {
 // hold is a unit of work that [Pool.Hold] counts.
 type hold struct {
 	tracer *tracer
+	parent *hold // the unit of work that it is a part of, or nil
 	at     time.Duration
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 
 	mu       sync.Mutex
 	released bool
+	refused  bool // nothing is admitted under it any more, and its context is cancelled
 	followed *followed
-	cut      bool // its context was cancelled by the shutdown
 }
 
 // holdKey is the key of a hold in the context that Pool.Hold returns.
@@ -1170,6 +1171,9 @@ type holdKey struct{ *tracer }
 
 // holdIn returns the hold that ctx belongs to, or nil.
 func (t *tracer) holdIn(ctx context.Context) *hold {
+	if ctx == nil { // of no lease
+		return nil
+	}
 	h, _ := ctx.Value(holdKey{t}).(*hold)
 	return h
 }
@@ -1182,7 +1186,7 @@ func (t *tracer) enterUnderHold(ctx context.Context) (in int, ok bool) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.released || h.cut {
+	if h.released || h.refused {
 		return 0, false
 	}
 	return t.gate.enterUnder(), true
@@ -1190,14 +1194,15 @@ func (t *tracer) enterUnderHold(ctx context.Context) (in int, ok bool) {
 
 // hold begins a unit of work, or reports false if the gate is closed.
 func (t *tracer) hold(ctx context.Context) (*hold, bool) {
-	if t.holdIn(ctx) != nil { // a part of one is admitted with it
+	parent := t.holdIn(ctx)
+	if parent != nil {
 		if _, ok := t.enterUnderHold(ctx); !ok {
 			return nil, false
 		}
 	} else if _, ok := t.gate.enter(); !ok {
 		return nil, false
 	}
-	h := &hold{tracer: t, at: now()}
+	h := &hold{tracer: t, parent: parent, at: now()}
 	ctx, h.cancel = context.WithCancelCause(ctx)
 	h.ctx = context.WithValue(ctx, holdKey{t}, h)
 	t.mu.Lock()
@@ -1221,19 +1226,19 @@ func (h *hold) release() {
 		return
 	}
 	h.released = true
-	f, cut := h.followed, h.cut
+	f, refused := h.followed, h.refused
 	h.mu.Unlock()
 
-	h.cancel(context.Canceled)
+	outcome, cause := OutcomeDrained, context.Canceled
+	if refused {
+		outcome, cause = OutcomeCancelled, ErrShuttingDown
+	}
+	h.cancel(cause)
 	t := h.tracer
 	t.mu.Lock()
 	delete(t.holds, h)
 	t.mu.Unlock()
 	if f != nil {
-		outcome := OutcomeDrained
-		if cut {
-			outcome = OutcomeCancelled
-		}
 		f.ended(outcome, nil)
 	}
 	t.gate.leave()
@@ -1250,12 +1255,35 @@ func (h *hold) attach(f *followed) bool {
 	return true
 }
 
-// end cancels the context of the unit of work. What it acquired is ended as every other operation is.
-func (h *hold) end() {
+// refuse admits nothing more under the unit of work.
+func (h *hold) refuse() {
 	h.mu.Lock()
-	h.cut = true
-	h.mu.Unlock()
-	h.cancel(ErrShuttingDown)
+	defer h.mu.Unlock()
+	h.refused = true
+}
+
+// endUnitsOfWork cancels the contexts of those whose connections have all been ended, or are released. While one has a statement
+// in progress its context is left alone: pgconn would break off the statement, and so have it cancelled at the server even if
+// it is a COMMIT. The statement is cancelled by us, unless it is one, and then its connection is severed.
+func (t *tracer) endUnitsOfWork() {
+	busy := make(map[*hold]bool)
+	for _, r := range t.records() {
+		h := t.holdIn(r.lease().ctx)
+		if h == nil {
+			continue
+		}
+		r.sever(true)
+		if l := r.lease(); l.leased && l.cut == "" {
+			for ; h != nil; h = h.parent { // whose context is that of its parts, too
+				busy[h] = true
+			}
+		}
+	}
+	for _, h := range t.unitsOfWork() {
+		if !busy[h] {
+			h.cancel(ErrShuttingDown)
+		}
+	}
 }
 
 func (h *hold) operation() Operation {
