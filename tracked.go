@@ -3,12 +3,7 @@ package pgxdrain
 import (
 	"context"
 	"errors"
-	"fmt"
-	"log/slog"
-	"maps"
-	"net"
 	"reflect"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -125,6 +120,7 @@ type tracer struct {
 	maxConns int
 	gate     gate
 	refused  atomic.Int64
+	held     atomic.Int64 // units of work; at no moment more than have entered the gate
 
 	shutdown *shutdown     // is told of leases that begin or end while the gate is closed
 	leaks    *leakDetector // nil: off
@@ -237,7 +233,7 @@ func (t *tracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pg
 			return refusedContext{ctx, t}
 		}
 	}
-	if in > t.maxConns {
+	if in > t.maxConns && in > t.maxConns+int(t.held.Load()) {
 		return t.queue(ctx)
 	}
 	return ctx
@@ -605,8 +601,8 @@ func (r *record) statementStarts(s statement) {
 	}
 	at := now()
 	r.mu.Lock()
-	for r.cancelling != nil {
-		// The cancel request was for the statement before this one. The server drops it if it comes between the two, but
+	if r.cancelling != nil {
+		// The cancel request is for the statement before this one. The server drops it if it comes between the two, but
 		// it could come late and hit this one, which may be a COMMIT.
 		r.mu.Unlock()
 		r.awaitCancel()
@@ -726,8 +722,11 @@ func (l *lease) answered(err error) {
 	if l.cancelAsked && pgErr != nil && pgErr.Code == queryCanceled {
 		l.cancelled = true
 	}
-	if l.cut == OutcomeUnknown && byServer {
-		l.cut = "" // the answer was there before the socket was closed
+	if l.cut == OutcomeUnknown && byServer { // the answer was there before the socket was closed
+		l.cut = ""
+		if l.tx != 'I' {
+			l.cut = OutcomeSevered
+		}
 	}
 }
 
@@ -814,90 +813,6 @@ func endsTransaction(sql string) bool {
 	}
 }
 
-// leakDetector logs connections that are held for long, with the stack that acquired them.
-type leakDetector struct {
-	threshold time.Duration
-	log       func() *slog.Logger
-	text      func(sql string) string
-}
-
-// stack holds the innermost frames of a caller. 32 reach through a router and its middleware.
-type stack [32]uintptr
-
-// watchedKey is the key by which a context of DrainContext says so.
-type watchedKey struct{ *tracer }
-
-// noteAcquirer keeps the stack of the caller that is acquiring r, unless its context is from DrainContext: who listens or polls
-// means to keep the connection.
-func (d *leakDetector) noteAcquirer(ctx context.Context, r *record) {
-	if ctx.Value(watchedKey{r.tracer}) != nil {
-		return
-	}
-	if r.stack == nil {
-		r.stack = new(stack)
-	}
-	clear(r.stack[:])
-	runtime.Callers(4, r.stack[:]) // from pgxpool's frames on: without Callers, this, acquired and the hook
-	r.mu.Lock()
-	r.current.stack = r.stack
-	r.mu.Unlock()
-}
-
-// run looks at the leases until the pool has shut down.
-func (d *leakDetector) run(t *tracer) {
-	tick := time.NewTicker(min(max(d.threshold/10, time.Millisecond), time.Second))
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-			d.look(t)
-		case <-t.shutdown.done:
-			return
-		}
-	}
-}
-
-func (d *leakDetector) look(t *tracer) {
-	t.reconcile()
-	for _, r := range t.records() {
-		r.mu.Lock()
-		l := &r.current
-		if !l.leased || l.suspected || l.stack == nil || now()-l.at < d.threshold {
-			r.mu.Unlock()
-			continue
-		}
-		l.suspected = true
-		suspect, frames := *l, *l.stack
-		r.mu.Unlock()
-		op := suspect.operation(r.pid, d.text)
-		d.log().Warn("pgxdrain: connection held for longer than the leak threshold", "threshold", d.threshold,
-			"held", op.Held.Round(time.Millisecond), "pid", op.PID, "state", op.State, "statement", op.Statement,
-			"acquired_by", frames.String())
-	}
-}
-
-func (d *leakDetector) cameBack(pid uint32, l *lease) {
-	d.log().Info("pgxdrain: connection held for longer than the leak threshold came back",
-		"held", (now() - l.at).Round(time.Millisecond), "pid", pid)
-}
-
-// String is the stack as panics print it, a function and its place a frame.
-func (s *stack) String() string {
-	n := slices.Index(s[:], 0)
-	if n < 0 {
-		n = len(s)
-	}
-	var b strings.Builder
-	frames := runtime.CallersFrames(s[:n])
-	for {
-		frame, more := frames.Next()
-		fmt.Fprintf(&b, "%s\n\t%s:%d\n", frame.Function, frame.File, frame.Line)
-		if !more {
-			return b.String()
-		}
-	}
-}
-
 // Ending from outside. Only two things may be done to a connection that another goroutine has the use of: asking the server to
 // cancel its statement, and closing the socket under it.
 
@@ -967,7 +882,7 @@ func (r *record) sever(onlyIdle bool) {
 		r.socket.sever()
 		return
 	}
-	r.conn.PgConn().Conn().Close()
+	go r.conn.PgConn().Conn().Close() // TLS waits up to 5 s to send its last word
 }
 
 // cutOff is what becomes of an operation whose socket is closed now.
@@ -979,319 +894,5 @@ func (l *lease) cutOff() Outcome {
 		return OutcomeUnknown
 	default:
 		return OutcomeSevered
-	}
-}
-
-// socket is the net.Conn that a connection was dialed as.
-type socket struct {
-	net.Conn
-	tracer  *tracer
-	attempt *attempt
-	stop    context.CancelFunc // of the dial's context
-	record  atomic.Pointer[record]
-	severed atomic.Bool
-}
-
-// attempt is the making of one connection, perhaps by several dials.
-type attempt struct{ succeeded, severed atomic.Bool }
-
-// errSevered is what the user of a connection gets whose socket was closed under it.
-//
-// To net.Error it is a timeout, because pgconn keeps that for its caller in every case. Of any other error that a statement
-// without arguments, as COMMIT is, meets while it waits for its answer, pgconn 5.12 leaves only "conn closed"
-// (MultiResultReader.NextResult drops what peekMessage returns).
-var errSevered net.Error = severedError{}
-
-type severedError struct{}
-
-func (severedError) Error() string   { return "pgxdrain: connection severed: pool is shutting down" }
-func (severedError) Unwrap() error   { return ErrShuttingDown }
-func (severedError) Timeout() bool   { return true }
-func (severedError) Temporary() bool { return false }
-
-// dialer wraps the dial function of a connection that is about to be made.
-func (t *tracer) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
-	a := &attempt{}
-	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		if a.succeeded.Load() {
-			// A cancel request: ours, or one that pgconn makes when it gives a connection up. After the socket was severed
-			// that would only go out, perhaps into a dead network, to ask for what we have asked already.
-			if a.severed.Load() {
-				return nil, errSevered
-			}
-			return dial(ctx, network, addr)
-		}
-
-		ctx, stop := context.WithCancel(ctx)
-		s := &socket{tracer: t, attempt: a, stop: stop}
-		if !t.own(s) {
-			stop()
-			return nil, errSevered
-		}
-		conn, err := dial(ctx, network, addr)
-		if err != nil {
-			t.disown(s)
-			stop()
-			if s.severed.Load() {
-				err = errSevered
-			}
-			return nil, err
-		}
-		if !s.dialed(conn) {
-			conn.Close()
-			return nil, errSevered
-		}
-		return s, nil
-	}
-}
-
-// own takes s into the set, unless no connection is to be made any more.
-func (t *tracer) own(s *socket) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.severed {
-		return false
-	}
-	t.sockets[s] = struct{}{}
-	return true
-}
-
-// disown takes s out of the set: it is closed, or not the pool's any more.
-func (t *tracer) disown(s *socket) {
-	if s == nil {
-		return
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.sockets, s)
-}
-
-// dialed gives s its connection, or reports false if it was severed meanwhile.
-func (s *socket) dialed(conn net.Conn) bool {
-	s.tracer.mu.Lock()
-	defer s.tracer.mu.Unlock()
-	s.Conn = conn
-	return !s.severed.Load()
-}
-
-func (s *socket) Read(b []byte) (int, error) {
-	n, err := s.Conn.Read(b)
-	if err != nil && s.severed.Load() {
-		err = errSevered
-	}
-	return n, err
-}
-
-func (s *socket) Write(b []byte) (int, error) {
-	if s.severed.Load() {
-		return 0, errSevered
-	}
-	n, err := s.Conn.Write(b)
-	if err != nil && s.severed.Load() {
-		err = errSevered
-	}
-	return n, err
-}
-
-func (s *socket) Close() error {
-	if r := s.record.Load(); r != nil {
-		r.awaitCancel()
-	}
-	s.tracer.disown(s)
-	s.stop()
-	return s.Conn.Close()
-}
-
-// NetConn returns the connection that the dial function made.
-func (s *socket) NetConn() net.Conn { return s.Conn }
-
-// sever closes the connection, or gives up making it.
-func (s *socket) sever() {
-	s.attempt.severed.Store(true)
-	s.severed.Store(true)
-	s.stop()
-	s.tracer.mu.Lock()
-	conn := s.Conn
-	s.tracer.mu.Unlock()
-	if conn != nil {
-		conn.Close()
-	}
-}
-
-// severConnecting gives up the connections that are being made, and lets no more be made.
-func (t *tracer) severConnecting() {
-	t.severSockets(func(s *socket) bool { return !s.attempt.succeeded.Load() })
-}
-
-// severAll closes every socket of the pool that is still open.
-func (t *tracer) severAll() { t.severSockets(func(*socket) bool { return true }) }
-
-func (t *tracer) severSockets(which func(*socket) bool) {
-	t.mu.Lock()
-	t.severed = true
-	sockets := slices.Collect(maps.Keys(t.sockets))
-	t.mu.Unlock()
-	for _, s := range sockets {
-		if which(s) {
-			s.sever()
-		}
-	}
-}
-
-// socketOf finds the socket under what pgconn, TLS or the user's AfterNetConnect have put on top of it.
-func socketOf(conn net.Conn) *socket {
-	for {
-		switch c := conn.(type) {
-		case *socket:
-			return c
-		case interface{ NetConn() net.Conn }:
-			conn = c.NetConn()
-		default:
-			return nil
-		}
-	}
-}
-
-// hold is a unit of work that [Pool.Hold] counts.
-type hold struct {
-	tracer *tracer
-	parent *hold // the unit of work that it is a part of, or nil
-	at     time.Duration
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-
-	mu       sync.Mutex
-	released bool
-	refused  bool // nothing is admitted under it any more, and its context is cancelled
-	followed *followed
-}
-
-// holdKey is the key of a hold in the context that Pool.Hold returns.
-type holdKey struct{ *tracer }
-
-// holdIn returns the hold that ctx belongs to, or nil.
-func (t *tracer) holdIn(ctx context.Context) *hold {
-	if ctx == nil { // of no lease
-		return nil
-	}
-	h, _ := ctx.Value(holdKey{t}).(*hold)
-	return h
-}
-
-// enterUnderHold counts in an acquisition of a unit of work that was admitted before.
-func (t *tracer) enterUnderHold(ctx context.Context) (in int, ok bool) {
-	h := t.holdIn(ctx)
-	if h == nil {
-		return 0, false
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.released || h.refused {
-		return 0, false
-	}
-	return t.gate.enterUnder(), true
-}
-
-// hold begins a unit of work, or reports false if the gate is closed.
-func (t *tracer) hold(ctx context.Context) (*hold, bool) {
-	parent := t.holdIn(ctx)
-	if parent != nil {
-		if _, ok := t.enterUnderHold(ctx); !ok {
-			return nil, false
-		}
-	} else if _, ok := t.gate.enter(); !ok {
-		return nil, false
-	}
-	h := &hold{tracer: t, parent: parent, at: now()}
-	ctx, h.cancel = context.WithCancelCause(ctx)
-	h.ctx = context.WithValue(ctx, holdKey{t}, h)
-	t.mu.Lock()
-	t.holds[h] = struct{}{}
-	t.mu.Unlock()
-	return h, true
-}
-
-// unitsOfWork returns the holds of this moment.
-func (t *tracer) unitsOfWork() []*hold {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return slices.Collect(maps.Keys(t.holds))
-}
-
-// release ends the unit of work. It may be called more than once, by anybody.
-func (h *hold) release() {
-	h.mu.Lock()
-	if h.released {
-		h.mu.Unlock()
-		return
-	}
-	h.released = true
-	f, refused := h.followed, h.refused
-	h.mu.Unlock()
-
-	outcome, cause := OutcomeDrained, context.Canceled
-	if refused {
-		outcome, cause = OutcomeCancelled, ErrShuttingDown
-	}
-	h.cancel(cause)
-	t := h.tracer
-	t.mu.Lock()
-	delete(t.holds, h)
-	t.mu.Unlock()
-	if f != nil {
-		f.ended(outcome, nil)
-	}
-	t.gate.leave()
-}
-
-// attach lets f follow the unit of work, or reports false if that has ended or is followed already.
-func (h *hold) attach(f *followed) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.released || h.followed != nil {
-		return false
-	}
-	h.followed = f
-	return true
-}
-
-// refuse admits nothing more under the unit of work.
-func (h *hold) refuse() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.refused = true
-}
-
-// endUnitsOfWork cancels the contexts of those whose connections have all been ended, or are released. While one has a statement
-// in progress its context is left alone: pgconn would break off the statement, and so have it cancelled at the server even if
-// it is a COMMIT. The statement is cancelled by us, unless it is one, and then its connection is severed.
-func (t *tracer) endUnitsOfWork() {
-	busy := make(map[*hold]bool)
-	for _, r := range t.records() {
-		h := t.holdIn(r.lease().ctx)
-		if h == nil {
-			continue
-		}
-		r.sever(true)
-		if l := r.lease(); l.leased && l.cut == "" {
-			for ; h != nil; h = h.parent { // whose context is that of its parts, too
-				busy[h] = true
-			}
-		}
-	}
-	for _, h := range t.unitsOfWork() {
-		if !busy[h] {
-			h.cancel(ErrShuttingDown)
-		}
-	}
-}
-
-func (h *hold) operation() Operation {
-	held := now() - h.at
-	return Operation{
-		State:       StateHold,
-		AcquiredAt:  time.Now().Add(-held),
-		Held:        held,
-		SpanContext: trace.SpanContextFromContext(h.ctx),
 	}
 }
