@@ -93,7 +93,7 @@ func ExamplePool_Shutdown() {
 		fmt.Println("the transaction:", err)
 	}()
 	<-inTransaction
-	syscall.Kill(os.Getpid(), syscall.SIGTERM)
+	signals <- syscall.SIGTERM // stands for kill
 
 	<-signals
 	ctx, cancel := context.WithTimeout(context.Background(), 25*time.Second)

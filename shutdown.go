@@ -424,7 +424,15 @@ func (s *shutdown) sever() {
 	for _, r := range t.records() {
 		r.sever(false)
 	}
-	t.endUnitsOfWork()
+	if len(t.unitsOfWork()) > 0 {
+		// Their contexts go last: who was blocked is to see why, and not find its context done.
+		select {
+		case <-t.gate.empty:
+		case <-time.After(cancelEvery):
+		case <-s.deadline.rang:
+		}
+		t.endUnitsOfWork()
+	}
 }
 
 // close closes the pool. pgxpool's Close waits for every connection to come back, and up to 15 s for each to close, and
