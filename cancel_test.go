@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -129,7 +130,7 @@ func (d *dials) seen() (conns, cancels []dialed) {
 	return conns, cancels
 }
 
-// done returns a context that is done: a shutdown with it begins its cancel step at once and has the cancel grace for all.
+// doneContext returns a context that is done: a shutdown with it begins its cancel step at once and has the cancel grace for all.
 func doneContext() context.Context {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -138,7 +139,7 @@ func doneContext() context.Context {
 
 func TestCancelRequestsGoOverTLSWhenTheConnectionDoes(t *testing.T) {
 	t.Parallel()
-	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(pgtest.PrivateTLS(t).DSN(), "pool_cancel_grace=10s")))
+	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(pgtest.PrivateTLS(t).DSN(), "pool_cancel_grace=30s")))
 	d := newDials(config)
 	pool := newPoolWithConfig(t, config)
 	result := sleeping(t, pool, 3)
@@ -150,7 +151,7 @@ func TestCancelRequestsGoOverTLSWhenTheConnectionDoes(t *testing.T) {
 		}
 	}
 	conns, cancels := d.seen()
-	if len(conns) != 3 || len(cancels) != 3 {
+	if len(conns) != 3 || len(cancels) < 3 { // more on a machine so slow that one is sent again
 		t.Errorf("%d connections and %d cancel requests were dialed, want 3 and 3", len(conns), len(cancels))
 	}
 	for _, c := range cancels {
@@ -163,7 +164,10 @@ func TestCancelRequestsGoOverTLSWhenTheConnectionDoes(t *testing.T) {
 // sleeping returns once n callers have a statement running at the server, each on a connection of its own.
 func sleeping(t testing.TB, pool *pgxdrain.Pool, n int) (result <-chan error) {
 	t.Helper()
-	look := observer(t, pool)
+	config := pool.Config().ConnConfig
+	config.DialFunc = (&net.Dialer{}).DialContext // not one that counts
+	look := must[*pgx.Conn](t)(pgx.ConnectConfig(t.Context(), config))
+	defer look.Close(context.Background())
 	c := make(chan error, n)
 	for range n {
 		go func() {
@@ -300,19 +304,21 @@ func TestCancelRequestIsAwaitedToTheServersCloseBeforeAnythingElseCloses(t *test
 				t.Errorf("Shutdown returned %v", err)
 			}
 			conns, cancels = d.seen()
-			if len(conns) != 1 || len(cancels) != 1 {
-				t.Fatalf("%d connections and %d cancel requests were dialed", len(conns), len(cancels))
+			if len(conns) != 1 {
+				t.Fatalf("%d connections were dialed", len(conns))
 			}
-			if c := cancels[0]; c.readEnded == 0 || c.closed < c.readEnded || conns[0].closed < c.closed {
-				t.Errorf("the cancel request's connection was read to its end at %d and closed at %d, the operation's at %d",
-					c.readEnded, c.closed, conns[0].closed)
+			for _, c := range cancels {
+				if c.readEnded == 0 || c.closed < c.readEnded || conns[0].closed < c.closed {
+					t.Errorf("the cancel request's connection was read to its end at %d and closed at %d, the operation's at %d",
+						c.readEnded, c.closed, conns[0].closed)
+				}
 			}
 		})
 	}
 }
 
-// When no answer comes the wait is over with the cancel step; the operation's socket is closed only then.
-func TestCancelRequestWithoutAnAnswerIsClosedBeforeTheOperationsSocket(t *testing.T) {
+// When no answer comes neither the caller nor Shutdown waits for it, but the sockets do, for a time.
+func TestCancelRequestWithoutAnAnswerHoldsUpNobodyAndIsClosedBeforeTheOperationsSocket(t *testing.T) {
 	t.Parallel()
 	network, dsn := newProxy(t, pgtest.Database(t))
 	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(dsn, "pool_cancel_grace=1s")))
@@ -329,12 +335,17 @@ func TestCancelRequestWithoutAnAnswerIsClosedBeforeTheOperationsSocket(t *testin
 	if err := <-result; !errors.Is(err, pgxdrain.ErrShuttingDown) {
 		t.Errorf("the caller got %v", err)
 	}
-	conns, cancels := d.seen()
-	if len(cancels) != 1 || e.Unknown != 1 {
-		t.Fatalf("%d cancel requests; %v", len(cancels), e)
+	if e.Unknown != 1 {
+		t.Errorf("got %v", e)
 	}
-	if cancels[0].closed == 0 || conns[0].closed < cancels[0].closed {
-		t.Errorf("the cancel request's connection was closed at %d, the operation's at %d", cancels[0].closed, conns[0].closed)
+	network.resume()
+	var conns, cancels []dialed
+	eventually(t, "the sockets are closed", func() bool {
+		conns, cancels = d.seen()
+		return conns[0].closed != 0
+	})
+	if len(cancels) != 1 || cancels[0].closed == 0 || conns[0].closed < cancels[0].closed {
+		t.Errorf("%d cancel requests; the operation's connection was closed at %d: %+v", len(cancels), conns[0].closed, cancels)
 	}
 }
 
@@ -345,9 +356,7 @@ func TestStress_LateCancelRequestHitsNothingElse(t *testing.T) {
 	dsn := pgtest.Database(t)
 	look := must[*pgx.Conn](t)(pgx.Connect(t.Context(), dsn))
 	t.Cleanup(func() { look.Close(context.Background()) })
-	if _, err := look.Exec(t.Context(), "create table n (n int)"); err != nil {
-		t.Fatal(err)
-	}
+	slowCommit(t, look, "n", "0.03") // so that a request that is not waited for would hit it
 	const rounds = 100
 	for range rounds {
 		config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(dsn, "pool_cancel_grace=30s&pool_max_conns=1")))
@@ -386,7 +395,8 @@ func TestStress_LateCancelRequestHitsNothingElse(t *testing.T) {
 	}
 }
 
-// Statements end about when the cancel requests come, and their callers go on with COMMIT or ROLLBACK whatever the answer was.
+// Statements end about when the cancel requests come, and their callers go on with COMMIT or ROLLBACK whatever the answer was. A
+// connection that had no statement just then is severed.
 func TestStress_CancelRequestHitsOnlyTheStatementThatItIsFor(t *testing.T) {
 	t.Parallel()
 	dsn := pgtest.Database(t)
@@ -395,93 +405,82 @@ func TestStress_CancelRequestHitsOnlyTheStatementThatItIsFor(t *testing.T) {
 	if _, err := look.Exec(t.Context(), "create table n (n int)"); err != nil {
 		t.Fatal(err)
 	}
-	var done, cancelled, committed atomic.Int64
-	work := func(pool *pgxdrain.Pool, sleep time.Duration, rollback bool) {
+	var ended, cancelled, severed, committed, unknown atomic.Int64
+	call := func(pool *pgxdrain.Pool, begun *sync.WaitGroup) {
 		ctx := context.Background()
 		tx, err := pool.Begin(ctx)
+		if err == nil {
+			_, err = tx.Exec(ctx, "insert into n values (1)")
+		}
+		begun.Done()
 		if err != nil {
-			t.Errorf("Begin: %v", err)
+			t.Errorf("Begin and insert: %v", err)
 			return
 		}
 		defer tx.Rollback(ctx)
-		if _, err := tx.Exec(ctx, "insert into n values (1)"); err != nil {
-			t.Errorf("insert: %v", err)
+		end, after := tx.Rollback, "ROLLBACK"
+		if rand.IntN(2) == 0 {
+			end, after = tx.Commit, "COMMIT"
+		}
+
+		_, err = tx.Exec(ctx, "select pg_sleep($1)", rand.Float64()*0.012)
+		answered := err == nil
+		switch {
+		case answered:
+			ended.Add(1)
+		case sqlState(err) == "57014":
+			cancelled.Add(1)
+		case errors.Is(err, pgxdrain.ErrShuttingDown):
+			severed.Add(1)
+			return
+		default:
+			t.Errorf("the statement: %v", err)
 			return
 		}
-		_, err = tx.Exec(ctx, "select pg_sleep($1)", sleep.Seconds())
-		switch state := sqlState(err); {
-		case err == nil && rollback:
-			if err := tx.Rollback(ctx); err != nil {
-				t.Errorf("ROLLBACK: %v", err)
+		switch err := end(ctx); {
+		case errors.Is(err, pgxdrain.ErrShuttingDown):
+			if after == "COMMIT" && answered {
+				unknown.Add(1)
 			}
-			done.Add(1)
-		case err == nil:
-			if err := tx.Commit(ctx); err != nil {
-				t.Errorf("COMMIT: %v", err)
-			}
-			done.Add(1)
+		case err == nil && after == "COMMIT" && answered:
 			committed.Add(1)
-		case state != "57014":
-			t.Errorf("the statement: %v", err)
-		case rollback:
-			if err := tx.Rollback(ctx); err != nil {
-				t.Errorf("ROLLBACK after 57014: %v", err)
-			}
-			cancelled.Add(1)
+		case err == nil && after == "ROLLBACK":
+		case errors.Is(err, pgx.ErrTxCommitRollback) && !answered:
 		default:
-			if err := tx.Commit(ctx); !errors.Is(err, pgx.ErrTxCommitRollback) {
-				t.Errorf("COMMIT after 57014: %v", err)
-			}
-			cancelled.Add(1)
+			t.Errorf("%s after an answer (%v): %v", after, answered, err)
 		}
 	}
 	var lanes sync.WaitGroup
 	for range 4 {
 		lanes.Go(func() {
 			for range 100 {
-				config, err := pgxpool.ParseConfig(withParams(dsn, "pool_cancel_grace=30s&pool_max_conns=2"))
+				pool, err := pgxdrain.New(context.Background(), withParams(dsn, "pool_cancel_grace=30s&pool_max_conns=2"),
+					pgxdrain.WithLogger(slog.New(slog.DiscardHandler)))
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				d := newDials(config)
-				running := make(chan struct{}, 2)
-				pool := newPoolWithConfig(t, config)
-				var callers sync.WaitGroup
+				var begun, callers sync.WaitGroup
+				begun.Add(2)
 				for range 2 {
-					callers.Go(func() { work(pool, time.Duration(rand.IntN(8000))*time.Microsecond, rand.IntN(2) == 0) })
+					callers.Go(func() { call(pool, &begun) })
 				}
-				for range 2 {
-					select {
-					case <-running:
-					default:
-					}
-				}
-				for n := 0; n < 2 && !t.Failed(); time.Sleep(100 * time.Microsecond) {
-					n = 0
-					for _, op := range pool.Active() {
-						if op.Statement == "select pg_sleep ( $1 )" {
-							n++
-						}
-					}
-					if int(pool.Stat().AcquireCount()) == 2 && n == 0 && len(pool.Active()) == 0 {
-						break
-					}
-				}
-				time.Sleep(time.Duration(rand.IntN(4000)) * time.Microsecond)
-				d.cancelling.Store(true)
+				begun.Wait()
+				time.Sleep(time.Duration(rand.IntN(6000)) * time.Microsecond)
 				_ = pool.Shutdown(doneContext())
 				callers.Wait()
 			}
 		})
 	}
 	lanes.Wait()
-	t.Logf("%d statements ended by themselves, %d were cancelled", done.Load(), cancelled.Load())
-	if done.Load() == 0 || cancelled.Load() == 0 {
+	t.Logf("%d statements ended by themselves, %d were cancelled, %d were severed before; %d COMMITs were cut off",
+		ended.Load(), cancelled.Load(), severed.Load(), unknown.Load())
+	if ended.Load() == 0 || cancelled.Load() == 0 {
 		t.Error("nothing was tried")
 	}
 	var rows int64
-	if err := look.QueryRow(t.Context(), "select count(*) from n").Scan(&rows); err != nil || rows != committed.Load() {
-		t.Errorf("%d rows, %d were committed; %v", rows, committed.Load(), err)
+	err := look.QueryRow(t.Context(), "select count(*) from n").Scan(&rows)
+	if err != nil || rows < committed.Load() || rows > committed.Load()+unknown.Load() {
+		t.Errorf("%d rows; %d COMMITs were answered, and %d cut off; %v", rows, committed.Load(), unknown.Load(), err)
 	}
 }

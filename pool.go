@@ -90,9 +90,23 @@ func NewWithConfig(ctx context.Context, config *pgxpool.Config, opts ...Option) 
 				return err
 			}
 		}
+		if t.isSevered() { // while the hook ran: pgxpool is closed, and would make context.Canceled of the dialer's error
+			return ErrShuttingDown
+		}
 		cc.Tracer = t.after(withoutOurs(cc.Tracer)) // the hook may have set a tracer of its own for this connection
 		cc.DialFunc = t.dialer(cc.DialFunc)
 		return nil
+	}
+	if user.AfterConnect != nil {
+		own.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+			if err := user.AfterConnect(ctx, conn); err != nil {
+				return err
+			}
+			if t.isSevered() { // otherwise the caller would be told that the pool is closed
+				return ErrShuttingDown
+			}
+			return nil
+		}
 	}
 	own.BeforeClose = func(conn *pgx.Conn) {
 		if r := t.record(conn); r != nil {

@@ -210,7 +210,7 @@ type shutdown struct {
 	overdue  *alarm // Shutdown returns, although a log handler or a span processor does not
 
 	cancels     sync.WaitGroup // cancel requests under way
-	cancelsOver chan struct{}  // closed when nobody is to wait for them any more
+	cancelsOver chan struct{}  // closed when nobody is to wait for them any more: what they are of has left, or is severed
 
 	// What is logged and traced is written by a goroutine of its own: a handler that hangs holds up no step.
 	log    *slog.Logger
@@ -241,6 +241,10 @@ const (
 
 	// cancelsAtOnce bounds the cancel requests under way: the server starts a process for each.
 	cancelsAtOnce = 32
+
+	// cancelTimeout bounds a cancel request by itself, as pgconn bounds those that it sends in the background. It may outlast the
+	// shutdown: PgBouncer 1.18 dies of one whose connection is closed before PgBouncer has passed it on.
+	cancelTimeout = 15 * time.Second
 
 	// overdueAfter is how long after the deadline the last lines and spans may take.
 	overdueAfter = 25 * time.Millisecond
@@ -351,15 +355,15 @@ func (s *shutdown) cancel() bool {
 	s.tellStep("pgxdrain: ending what is left: cancelling")
 
 	t.free(ErrShuttingDown)
+	t.severUnleased()
 	for _, h := range t.unitsOfWork() {
 		h.refuse()
 	}
 	for _, r := range t.records() {
 		r.sever(true) // a cancel request does nothing for a connection without a statement
 	}
-	ctx, stop := context.WithDeadline(context.Background(), s.severTime())
+	ctx, stop := context.WithDeadline(context.Background(), s.severTime()) // none is sent after that
 	defer stop()
-	defer s.awaitCancels()
 	slots := make(chan struct{}, cancelsAtOnce)
 	again := time.NewTicker(cancelEvery)
 	defer again.Stop()
@@ -389,28 +393,37 @@ func (s *shutdown) cancelStatement(ctx context.Context, r *record, slots chan st
 		select {
 		case slots <- struct{}{}:
 			defer func() { <-slots }()
-			r.cancel(ctx)
+			r.cancel()
 		case <-ctx.Done():
 		}
 	})
 }
 
-// awaitCancels waits until no cancel request is under way. They have ended with the cancel step, unless a dialer of the user's
-// takes no notice of its context; the deadline does not wait for that.
+// awaitWaiting gives the callers that were freed the time to leave: whom pgxpool's Close meets on the way to a connection, it gives an
+// error of its own. It could not return before they have left either.
+func (s *shutdown) awaitWaiting() {
+	look := time.NewTicker(time.Millisecond)
+	defer look.Stop()
+	for s.pool.tracer.waiting() > 0 {
+		select {
+		case <-look.C:
+		case <-s.deadline.rang:
+			return
+		}
+	}
+}
+
+// awaitCancels waits until no cancel request is under way, or the deadline is there. What is left of them then goes on by itself.
 func (s *shutdown) awaitCancels() {
 	over := make(chan struct{})
 	go func() {
 		defer close(over)
 		s.cancels.Wait()
 	}()
-	patience := time.NewTimer(time.Until(s.severTime()) + cancelEvery)
-	defer patience.Stop()
 	select {
 	case <-over:
-	case <-patience.C:
 	case <-s.deadline.rang:
 	}
-	close(s.cancelsOver)
 }
 
 // sever closes the sockets of what is left. A backend that is busy does not notice that its client is gone, which is why a
@@ -440,7 +453,9 @@ func (s *shutdown) sever() {
 func (s *shutdown) close() {
 	t := s.pool.tracer
 	s.note(func(r *Report) { s.step, r.closeStart = StepClose, time.Now() })
+	close(s.cancelsOver)
 	t.severConnecting() // nobody is to use them
+	s.awaitWaiting()
 	closed := make(chan struct{})
 	go func() {
 		defer close(closed)
@@ -454,6 +469,7 @@ func (s *shutdown) close() {
 		t.reconcile()
 		t.severAll()
 	}
+	s.awaitCancels()
 	s.note(func(r *Report) { r.closed, r.closeEnd = inTime, time.Now() })
 }
 
@@ -524,6 +540,9 @@ func (s *shutdown) severTime() time.Time {
 func (s *shutdown) note(change func(*Report)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.step == StepClosed {
+		return // run was so late that the report is final already
+	}
 	change(&s.noted)
 }
 

@@ -5,7 +5,9 @@ import (
 	"maps"
 	"net"
 	"slices"
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 )
@@ -18,6 +20,9 @@ type socket struct {
 	stop    context.CancelFunc // of the dial's context
 	record  atomic.Pointer[record]
 	severed atomic.Bool
+
+	deadline sync.Mutex // held while one is set
+	closing  sync.Once  // once it is severed
 }
 
 // attempt is the making of one connection, perhaps by several dials.
@@ -73,6 +78,13 @@ func (t *tracer) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 	}
 }
 
+// isSevered reports whether no connection is made any more.
+func (t *tracer) isSevered() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.severed
+}
+
 // own takes s into the set, unless no connection is to be made any more.
 func (t *tracer) own(s *socket) bool {
 	t.mu.Lock()
@@ -103,6 +115,9 @@ func (s *socket) dialed(conn net.Conn) bool {
 }
 
 func (s *socket) Read(b []byte) (int, error) {
+	if s.severed.Load() {
+		return 0, errSevered
+	}
 	n, err := s.Conn.Read(b)
 	if err != nil && s.severed.Load() {
 		err = errSevered
@@ -122,18 +137,41 @@ func (s *socket) Write(b []byte) (int, error) {
 }
 
 func (s *socket) Close() error {
+	s.tracer.disown(s)
+	s.stop()
 	if r := s.record.Load(); r != nil {
 		r.awaitCancel()
 	}
-	s.tracer.disown(s)
-	s.stop()
+	if s.severed.Load() {
+		return nil // sever closes it
+	}
 	return s.Conn.Close()
+}
+
+// The deadline that sever has set is the last.
+
+func (s *socket) SetDeadline(t time.Time) error { return s.setDeadline(t, net.Conn.SetDeadline) }
+func (s *socket) SetReadDeadline(t time.Time) error {
+	return s.setDeadline(t, net.Conn.SetReadDeadline)
+}
+func (s *socket) SetWriteDeadline(t time.Time) error {
+	return s.setDeadline(t, net.Conn.SetWriteDeadline)
+}
+
+func (s *socket) setDeadline(t time.Time, set func(net.Conn, time.Time) error) error {
+	s.deadline.Lock()
+	defer s.deadline.Unlock()
+	if s.severed.Load() {
+		return nil
+	}
+	return set(s.Conn, t)
 }
 
 // NetConn returns the connection that the dial function made.
 func (s *socket) NetConn() net.Conn { return s.Conn }
 
-// sever closes the connection, or gives up making it.
+// sever closes the connection, or gives up making it. Who reads or writes is freed now; while a cancel request of the connection is
+// under way, the close waits for it.
 func (s *socket) sever() {
 	s.attempt.severed.Store(true)
 	s.severed.Store(true)
@@ -141,14 +179,56 @@ func (s *socket) sever() {
 	s.tracer.mu.Lock()
 	conn := s.Conn
 	s.tracer.mu.Unlock()
-	if conn != nil {
-		go conn.Close() // of the user's dialer: it may hang
+	if conn == nil {
+		return
 	}
+	s.deadline.Lock() // who has seen that it is not severed has set theirs
+	_ = conn.SetDeadline(time.Unix(1, 0))
+	s.deadline.Unlock()
+	s.closing.Do(func() {
+		go func() { // conn is of the user's dialer: its Close may hang
+			if r := s.record.Load(); r != nil {
+				if over := r.cancelUnderWay(); over != nil {
+					<-over
+				}
+			}
+			conn.Close()
+		}()
+	})
 }
 
 // severConnecting gives up the connections that are being made, and lets no more be made.
 func (t *tracer) severConnecting() {
 	t.severSockets(func(s *socket) bool { return !s.attempt.succeeded.Load() })
+}
+
+// severUnleased closes the sockets of the connections that nobody has acquired, and lets no more be made. It frees the callers
+// who wait for one that is being made, or for what is done with one before they get it: the ping after it was idle, and what the
+// user's hooks run. That has to come well before pgxpool is closed, which would give them its own errors.
+func (t *tracer) severUnleased() {
+	t.severSockets(func(s *socket) bool {
+		r := s.record.Load()
+		if r == nil {
+			s.severed.Store(true)
+			r = s.record.Load() // acquired for the first time meanwhile; if it is later, acquired sees that it is severed
+		}
+		return r == nil || r.severUnleased()
+	})
+}
+
+// severUnleased marks the connection as severed, or reports false if it is acquired.
+func (r *record) severUnleased() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case !r.current.leased:
+		r.socket.severed.Store(true)
+	case r.socket.severed.Load():
+		r.current.cut = r.current.cutOff()
+	default:
+		return false
+	}
+	return true
 }
 
 // severAll closes every socket of the pool that is still open.

@@ -576,6 +576,9 @@ func (r *record) acquired(ctx context.Context) {
 	r.leases++
 	r.current = lease{leased: true, number: r.leases, ctx: ctx, at: at, tx: 'I'}
 	r.current.setTx(tx, at)
+	if r.socket != nil && r.socket.severed.Load() {
+		r.current.cut = OutcomeSevered // by severUnleased, just before
+	}
 	r.mu.Unlock()
 }
 
@@ -817,10 +820,10 @@ func endsTransaction(sql string) bool {
 // cancel its statement, and closing the socket under it.
 
 // cancel asks the server to cancel the statement in progress, if there is one and it is not a COMMIT, and returns when the server
-// has closed the connection of the request or ctx is done. Nothing else happens on the connection meanwhile: the next
+// has closed the connection of the request, or after cancelTimeout. Nothing else happens on the connection meanwhile: the next
 // statement, the release and the close wait for it, so that it cannot hit what comes after, and because PgBouncer 1.18 dies of
 // a client that leaves while a cancel request of it is under way (pgbouncer #801, #822).
-func (r *record) cancel(ctx context.Context) {
+func (r *record) cancel() {
 	r.mu.Lock()
 	if !r.current.cancellable() {
 		r.mu.Unlock()
@@ -831,6 +834,8 @@ func (r *record) cancel(ctx context.Context) {
 	r.current.cancelAsked = true
 	r.mu.Unlock()
 
+	ctx, stop := context.WithTimeout(context.Background(), cancelTimeout)
+	defer stop()
 	_ = r.conn.PgConn().CancelRequest(ctx) // what cannot be cancelled is severed
 
 	r.mu.Lock()
@@ -848,12 +853,17 @@ func (l *lease) cancellable() bool {
 	return l.leased && l.running && l.cut == "" && l.state() != StateCommitting
 }
 
-// awaitCancel waits until no cancel request is under way. They are bounded by the ctx of cancel; should a dialer of the user's
-// not keep to that, the end of the sever step frees whoever waits here.
-func (r *record) awaitCancel() {
+// cancelUnderWay returns what is closed when the cancel request that is under way is over, or nil if none is.
+func (r *record) cancelUnderWay() <-chan struct{} {
 	r.mu.Lock()
-	over := r.cancelling
-	r.mu.Unlock()
+	defer r.mu.Unlock()
+	return r.cancelling
+}
+
+// awaitCancel waits until no cancel request is under way, or the shutdown closes the pool: by then the socket is severed, and
+// nothing can be sent over it that a late cancel request might hit.
+func (r *record) awaitCancel() {
+	over := r.cancelUnderWay()
 	if over == nil {
 		return
 	}

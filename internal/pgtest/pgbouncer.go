@@ -34,7 +34,7 @@ const (
 
 // PgBouncer starts a PgBouncer in front of the server of dsn, for t alone, and returns dsn as it is reached through it: by
 // transaction pooling, for any database of that server. (So statements cannot be prepared: pgx is told to do without.) It is
-// stopped at the cleanup of t, which fails t if it has crashed.
+// stopped at the cleanup of t, which fails t if it has died before.
 //
 // A database named pgbouncer, at the same address, is PgBouncer's console, which takes the simple protocol only.
 //
@@ -54,7 +54,7 @@ func PgBouncer(t testing.TB, dsn string) string {
 		if err == nil {
 			t.Cleanup(func() {
 				if err := stop(); err != nil {
-					t.Errorf("pgtest: PgBouncer has crashed, or could not be stopped: %v", err)
+					t.Errorf("pgtest: PgBouncer has died, or could not be stopped: %v", err)
 				}
 			})
 			return through
