@@ -296,6 +296,7 @@ func (s *shutdown) run(ctx context.Context) {
 	s.close()
 	s.finish(ctx)
 	<-told
+	s.overdue.timer.Stop()
 	close(s.done)
 }
 
