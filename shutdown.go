@@ -400,33 +400,6 @@ func (s *shutdown) cancelStatement(ctx context.Context, r *record, slots chan st
 	})
 }
 
-// awaitWaiting gives the callers that were freed the time to leave: whom pgxpool's Close meets on the way to a connection, it gives an
-// error of its own. It could not return before they have left either.
-func (s *shutdown) awaitWaiting() {
-	look := time.NewTicker(time.Millisecond)
-	defer look.Stop()
-	for s.pool.tracer.waiting() > 0 {
-		select {
-		case <-look.C:
-		case <-s.deadline.rang:
-			return
-		}
-	}
-}
-
-// awaitCancels waits until no cancel request is under way, or the deadline is there. What is left of them then goes on by itself.
-func (s *shutdown) awaitCancels() {
-	over := make(chan struct{})
-	go func() {
-		defer close(over)
-		s.cancels.Wait()
-	}()
-	select {
-	case <-over:
-	case <-s.deadline.rang:
-	}
-}
-
 // sever closes the sockets of what is left. A backend that is busy does not notice that its client is gone, which is why a
 // cancel was tried before.
 func (s *shutdown) sever() {
@@ -472,6 +445,33 @@ func (s *shutdown) close() {
 	}
 	s.awaitCancels()
 	s.note(func(r *Report) { r.closed, r.closeEnd = inTime, time.Now() })
+}
+
+// awaitWaiting gives the callers that were freed the time to leave: to whom pgxpool's Close meets on the way to a connection it
+// gives an error of its own. It could not return before they have left either.
+func (s *shutdown) awaitWaiting() {
+	look := time.NewTicker(time.Millisecond)
+	defer look.Stop()
+	for s.pool.tracer.waiting() > 0 {
+		select {
+		case <-look.C:
+		case <-s.deadline.rang:
+			return
+		}
+	}
+}
+
+// awaitCancels waits until no cancel request is under way, or the deadline is there. What is left of them then goes on by itself.
+func (s *shutdown) awaitCancels() {
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		s.cancels.Wait()
+	}()
+	select {
+	case <-over:
+	case <-s.deadline.rang:
+	}
 }
 
 // finish makes the report final and tells of it.
