@@ -192,7 +192,7 @@ var moments = []*moment{
 	{
 		name: "COMMIT",
 		enter: func(v *victim) {
-			slowCommit(v, v.site.look, v.label, "3")
+			slowCommit(v, v.site.look, v.label, "8")
 			ctx := context.Background()
 			v.call(func() error {
 				return pgx.BeginFunc(ctx, v.pool, func(tx pgx.Tx) error {

@@ -313,10 +313,11 @@ func (s *shutdown) refuse() {
 	t.reconcile()
 	admitted := t.gate.close()
 	s.note(func(r *Report) {
-		s.step, s.inAtFlip = StepDrain, admitted
+		s.inAtFlip = admitted
 		r.refusedAt = time.Now()
 	})
 	s.followAll(false)
+	s.note(func(*Report) { s.step = StepDrain })
 	r := s.report()
 	left := time.Until(s.drainEnd())
 	s.tell(func() {
@@ -490,6 +491,10 @@ func (s *shutdown) finish(ctx context.Context) {
 
 // makeFinal gives every operation that has no outcome its last one. It is called through result.
 func (s *shutdown) makeFinal() error {
+	s.pool.tracer.reconcile()
+	for _, r := range s.pool.tracer.records() {
+		r.sever(false) // if the steps are late; what goes on now would change what is reported
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, f := range s.followed {

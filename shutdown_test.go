@@ -995,7 +995,7 @@ func TestCommitInFlightIsNeverCancelled(t *testing.T) {
 	t.Parallel()
 	pool := newPool(t, forcedParams)
 	look := observer(t, pool)
-	slowCommit(t, look, "slow", "3")
+	slowCommit(t, look, "slow", "5")
 	result := make(chan error, 1)
 	go func() {
 		result <- pgx.BeginFunc(context.Background(), pool, func(tx pgx.Tx) error {
@@ -1247,7 +1247,7 @@ func TestCommitInFlightUnderAHoldIsNotCancelledEither(t *testing.T) {
 	t.Parallel()
 	pool := newPool(t, forcedParams)
 	look := observer(t, pool)
-	slowCommit(t, look, "slow", "3")
+	slowCommit(t, look, "slow", "5")
 	result := make(chan error, 1)
 	ctx, release, err := pool.Hold(context.Background())
 	if err != nil {

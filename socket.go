@@ -2,6 +2,7 @@ package pgxdrain
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"net"
 	"slices"
@@ -35,6 +36,10 @@ type attempt struct{ succeeded, severed atomic.Bool }
 // (MultiResultReader.NextResult drops what peekMessage returns).
 var errSevered net.Error = severedError{}
 
+// errNotConnected is what a caller gets whose connection was severed while it was being made. It is no timeout: pgxpool's Close
+// cancels the context of the making, and pgconn would put context.Canceled in the place of one.
+var errNotConnected = fmt.Errorf("pgxdrain: connection severed: %w", ErrShuttingDown)
+
 type severedError struct{}
 
 func (severedError) Error() string   { return "pgxdrain: connection severed: pool is shutting down" }
@@ -59,20 +64,20 @@ func (t *tracer) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 		s := &socket{tracer: t, attempt: a, stop: stop}
 		if !t.own(s) {
 			stop()
-			return nil, errSevered
+			return nil, errNotConnected
 		}
 		conn, err := dial(ctx, network, addr)
 		if err != nil {
 			t.disown(s)
 			stop()
 			if s.severed.Load() {
-				err = errSevered
+				err = errNotConnected
 			}
 			return nil, err
 		}
 		if !s.dialed(conn) {
 			conn.Close()
-			return nil, errSevered
+			return nil, errNotConnected
 		}
 		return s, nil
 	}
@@ -116,24 +121,32 @@ func (s *socket) dialed(conn net.Conn) bool {
 
 func (s *socket) Read(b []byte) (int, error) {
 	if s.severed.Load() {
-		return 0, errSevered
+		return 0, s.severedError()
 	}
 	n, err := s.Conn.Read(b)
 	if err != nil && s.severed.Load() {
-		err = errSevered
+		err = s.severedError()
 	}
 	return n, err
 }
 
 func (s *socket) Write(b []byte) (int, error) {
 	if s.severed.Load() {
-		return 0, errSevered
+		return 0, s.severedError()
 	}
 	n, err := s.Conn.Write(b)
 	if err != nil && s.severed.Load() {
-		err = errSevered
+		err = s.severedError()
 	}
 	return n, err
+}
+
+// severedError is what pgconn is to see of a socket that was severed.
+func (s *socket) severedError() error {
+	if !s.attempt.succeeded.Load() {
+		return errNotConnected
+	}
+	return errSevered
 }
 
 func (s *socket) Close() error {

@@ -444,12 +444,13 @@ func (t *tracer) reconcile() {
 			before = append(before, leased{r, l.number})
 		}
 	}
-	acquired := t.pool.Stat().AcquiredConns()
-	if int(acquired) >= len(before) {
+	if len(before) == 0 {
 		return
 	}
+	// The count tells only if it is 0. It includes connections without a lease: those that are being closed, for up to 15 s each
+	// on a dead network.
 	var conns map[*pgx.Conn]bool
-	if acquired > 0 {
+	if t.pool.Stat().AcquiredConns() > 0 {
 		var ok bool
 		if conns, ok = acquiredConns(t.pool); !ok {
 			return // which of them cannot be told; the last to be released will leave only hijacked ones
@@ -623,6 +624,9 @@ func (r *record) statementStarts(s statement) {
 	}
 	// A query or a COPY that has to be prepared first calls the prepare hooks from within its own.
 	if l := &r.current; l.leased && !(s.kind == prepare && l.running) {
+		if l.cut == "" && r.socket != nil && r.socket.severed.Load() {
+			l.cut = OutcomeSevered // during the statement before this one, whose answer was there already
+		}
 		l.statement, l.statementStart, l.running = s, at, true
 	}
 	r.mu.Unlock()
