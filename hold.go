@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
@@ -17,6 +18,8 @@ type hold struct {
 	at     time.Duration
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+
+	acquiring atomic.Int64 // acquisitions under way with its context; means nothing once it is released
 
 	mu       sync.Mutex
 	released bool
@@ -122,25 +125,40 @@ func (h *hold) refuse() {
 	h.refused = true
 }
 
-// endUnitsOfWork cancels the contexts of those whose connections have all been ended, or are released. While one has a statement
-// in progress its context is left alone: pgconn would break off the statement, and so have it cancelled at the server even if
-// it is a COMMIT. The statement is cancelled by us, unless it is one, and then its connection is severed.
-func (t *tracer) endUnitsOfWork() {
+// acquiresUnderHold notes that an acquisition begins or ends, if ctx is of a unit of work.
+func (t *tracer) acquiresUnderHold(ctx context.Context, n int64) {
+	if h := t.holdIn(ctx); h != nil {
+		h.acquiring.Add(n)
+	}
+}
+
+// endUnitsOfWork cancels the contexts of the units of work, or only of those with nothing under way: no acquisition, which is
+// freed with ErrShuttingDown and would find its context cancelled instead, and no statement. pgconn would break off the
+// statement, and so have it cancelled at the server even if it is a COMMIT; we have it cancelled unless it is one, and its
+// connection severed then.
+func (t *tracer) endUnitsOfWork(all bool) {
 	busy := make(map[*hold]bool)
-	for _, r := range t.records() {
-		h := t.holdIn(r.lease().ctx)
-		if h == nil {
-			continue
+	markBusy := func(h *hold) {
+		for ; h != nil; h = h.parent { // whose context is that of its parts, too
+			busy[h] = true
 		}
-		r.sever(true)
-		if l := r.lease(); l.leased && l.cut == "" {
-			for ; h != nil; h = h.parent { // whose context is that of its parts, too
-				busy[h] = true
+	}
+	for _, r := range t.records() {
+		if h := t.holdIn(r.lease().ctx); h != nil {
+			r.sever(true)
+			if l := r.lease(); l.leased && l.cut == "" {
+				markBusy(h)
 			}
 		}
 	}
-	for _, h := range t.unitsOfWork() {
-		if !busy[h] {
+	holds := t.unitsOfWork()
+	for _, h := range holds {
+		if h.acquiring.Load() > 0 {
+			markBusy(h)
+		}
+	}
+	for _, h := range holds {
+		if all || !busy[h] {
 			h.cancel(ErrShuttingDown)
 		}
 	}

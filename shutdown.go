@@ -373,7 +373,7 @@ func (s *shutdown) cancel() bool {
 		for _, r := range t.records() {
 			s.cancelStatement(ctx, r, slots)
 		}
-		t.endUnitsOfWork()
+		t.endUnitsOfWork(false)
 		select {
 		case <-t.gate.empty:
 		case <-again.C:
@@ -419,7 +419,7 @@ func (s *shutdown) sever() {
 		case <-time.After(cancelEvery):
 		case <-s.deadline.rang:
 		}
-		t.endUnitsOfWork()
+		t.endUnitsOfWork(true)
 	}
 }
 

@@ -233,7 +233,11 @@ func (t *tracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pg
 			return refusedContext{ctx, t}
 		}
 	}
-	if in > t.maxConns && in > t.maxConns+int(t.held.Load()) {
+	held := int(t.held.Load())
+	if held > 0 {
+		t.acquiresUnderHold(ctx, 1)
+	}
+	if in > t.maxConns+held {
 		return t.queue(ctx)
 	}
 	return ctx
@@ -252,6 +256,9 @@ func (t *tracer) TraceAcquireEnd(ctx context.Context, pool *pgxpool.Pool, data p
 		if c.by == t {
 			c.dequeue()
 		}
+	}
+	if t.held.Load() > 0 {
+		t.acquiresUnderHold(ctx, -1)
 	}
 	if data.Conn == nil { // Err may be nil even so: one of the user's hooks has panicked
 		if errors.Is(data.Err, ErrShuttingDown) {
