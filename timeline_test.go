@@ -337,11 +337,12 @@ func do(pool *pgxdrain.Pool, what string, over <-chan struct{}) {
 		conn.Exec(ctx, "held")
 		<-over
 		conn.Release()
-	case "idle": // in a transaction; used once a second
+	case "idle": // in a transaction; looked at once a second, and used when it has been severed
 		tx, err := pool.Begin(ctx)
 		if err != nil {
 			return
 		}
+		time.Sleep(500 * time.Millisecond) // so as not to wake at the instant of a step
 		for {
 			time.Sleep(time.Second)
 			if tx.Conn().PgConn().IsClosed() {
