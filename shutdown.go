@@ -216,7 +216,8 @@ type shutdown struct {
 	log    *slog.Logger
 	toTell chan func()
 
-	result func() error // makes the report final, once, and returns the error that goes with it
+	closeGate func()       // begins to refuse, once
+	result    func() error // makes the report final, once, and returns the error that goes with it
 
 	mu       sync.Mutex
 	step     Step
@@ -260,6 +261,7 @@ func newShutdown(p *Pool) *shutdown {
 		cause:       context.DeadlineExceeded,
 		noted:       Report{Pool: p.settings.poolName},
 	}
+	s.closeGate = sync.OnceFunc(s.takeDown)
 	s.result = sync.OnceValue(s.makeFinal)
 	p.draining, s.unready = context.WithCancelCause(context.Background())
 	p.tracer.shutdown = s
@@ -307,8 +309,19 @@ func (s *shutdown) stopBeingReady() {
 	<-s.refuseAt.rang
 }
 
-// refuse closes the gate and takes down what is active behind it.
+// refuse closes the gate and says so.
 func (s *shutdown) refuse() {
+	s.closeGate()
+	r := s.report()
+	left := time.Until(s.drainEnd())
+	s.tell(func() {
+		s.log.Info("pgxdrain: draining, new work is refused",
+			"active", r.Active, "waiting", r.Waiting, "left", left.Round(time.Millisecond))
+	})
+}
+
+// takeDown closes the gate and takes down what is active behind it. It is called through closeGate, once.
+func (s *shutdown) takeDown() {
 	t := s.pool.tracer
 	t.reconcile()
 	admitted := t.gate.close()
@@ -318,12 +331,6 @@ func (s *shutdown) refuse() {
 	})
 	s.followAll(false)
 	s.note(func(*Report) { s.step = StepDrain })
-	r := s.report()
-	left := time.Until(s.drainEnd())
-	s.tell(func() {
-		s.log.Info("pgxdrain: draining, new work is refused",
-			"active", r.Active, "waiting", r.Waiting, "left", left.Round(time.Millisecond))
-	})
 }
 
 // drain waits until all that was admitted has left, and reports whether it has before it was time to end it.
@@ -352,11 +359,11 @@ func (s *shutdown) drain() bool {
 func (s *shutdown) cancel() bool {
 	t := s.pool.tracer
 	s.note(func(*Report) { s.step = StepCancel })
+	t.free(ErrShuttingDown) // first: from now on a lease that begins is followed, under a hold or not
 	t.reconcile()
 	s.followAll(true)
 	s.tellStep("pgxdrain: ending what is left: cancelling")
 
-	t.free(ErrShuttingDown)
 	t.severUnleased()
 	for _, h := range t.unitsOfWork() {
 		h.refuse()
@@ -491,9 +498,11 @@ func (s *shutdown) finish(ctx context.Context) {
 
 // makeFinal gives every operation that has no outcome its last one. It is called through result.
 func (s *shutdown) makeFinal() error {
+	// If the steps are late, on a machine that has no time for them, they are not to change what is reported now.
+	s.closeGate()
 	s.pool.tracer.reconcile()
 	for _, r := range s.pool.tracer.records() {
-		r.sever(false) // if the steps are late; what goes on now would change what is reported
+		r.sever(false)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -713,7 +722,7 @@ func (s *shutdown) follow(r *record, l lease, text func(string) string, admitted
 // admitted follows a lease that began while the gate was closed because its caller was waiting when it closed. One of a unit of
 // work is left to that until the cancel step.
 func (s *shutdown) admitted(r *record, underHold bool) {
-	if underHold {
+	if underHold && s.pool.tracer.freed.Err() == nil {
 		r.setUnderHold()
 		return
 	}
