@@ -391,7 +391,7 @@ func (s *site) killServer() {
 func newSite(t *testing.T, name string, server *pgtest.Server, f fault) *site {
 	t.Helper()
 	if f.signals && server.PostmasterPID() == 0 {
-		t.Skip("the processes of this server are not ours to signal")
+		t.Skip("needs a local server (PGXDRAIN_POSTGRES=local): the processes of this one are not ours to signal")
 	}
 	s := &site{T: t, name: name, server: server, look: must[*pgx.Conn](t)(pgx.Connect(t.Context(), server.DSN()))}
 	t.Cleanup(func() { s.look.Close(context.Background()) })

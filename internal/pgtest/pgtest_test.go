@@ -139,7 +139,7 @@ func TestStartNamesEachWayAndWhyItFailed(t *testing.T) {
 
 func TestStartFallsThroughToLocalWhenTheEngineHangs(t *testing.T) {
 	if testing.Short() {
-		t.Skip("takes as long as the engine is given to answer")
+		t.Skip("left out by -short: takes as long as the engine is given to answer")
 	}
 	requireLocal(t)
 	t.Parallel()
