@@ -3,47 +3,18 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"os"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/pgxdrain/pgxdrain"
-	"github.com/pgxdrain/pgxdrain/internal/pgtest"
 )
-
-// database returns the server that DATABASE_URL names, or starts one. The function it returns stops what was started.
-func database(ctx context.Context, log *slog.Logger) (dsn string, stop func() error, err error) {
-	dsn, stop = os.Getenv("DATABASE_URL"), func() error { return nil }
-	if dsn == "" {
-		log.Info("starting PostgreSQL")
-		server, err := pgtest.Start(ctx)
-		if err != nil {
-			return "", nil, err
-		}
-		dsn, stop = server.DSN(), server.Stop
-	}
-	return withKey(dsn, fmt.Sprintf("pool_max_conns=%d", conns)), stop, nil
-}
 
 // conns is so small a pool that callers have to wait: the operations of load take all of it.
 const conns = 4
-
-// withKey adds a key to a connection string, which is a URL or key=value pairs. Of a key that is there twice the last counts.
-func withKey(dsn, key string) string {
-	switch {
-	case !strings.HasPrefix(dsn, "postgres"):
-		return dsn + " " + key
-	case strings.Contains(dsn, "?"):
-		return dsn + "&" + key
-	default:
-		return dsn + "?" + key
-	}
-}
 
 // load is the work of the service: a few long operations, and callers who come all the time and want little.
 type load struct {

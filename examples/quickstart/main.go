@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/pgxdrain/pgxdrain"
+	"github.com/pgxdrain/pgxdrain/examples/internal/database"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 )
 
@@ -34,14 +35,14 @@ func run(longest time.Duration) (err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 
-	dsn, stopServer, err := database(ctx, log)
+	dsn, stopServer, err := database.URL(ctx, log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stopServer()) }()
 
 	telemetry := sdktrace.NewTracerProvider(sdktrace.WithBatcher(&spanTree{out: os.Stdout}))
-	pool, err := pgxdrain.New(ctx, dsn,
+	pool, err := pgxdrain.New(ctx, database.WithKey(dsn, fmt.Sprintf("pool_max_conns=%d", conns)),
 		pgxdrain.WithLogger(log),
 		pgxdrain.WithTracerProvider(telemetry),
 		pgxdrain.WithInitialWait(500*time.Millisecond), // behind a load balancer: as long as it takes to notice
