@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -351,6 +352,52 @@ func TestCancelRequestWithoutAnAnswerHoldsUpNobodyAndIsClosedBeforeTheOperations
 
 // The cancel request is let go only when its statement has ended by itself, and its caller goes on with a statement that the server
 // would take it for.
+// A ROLLBACK is over at once; to cancel it would only fail it.
+func TestRollbackInFlightIsNotCancelled(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	network, dsn := newProxy(t, pgtest.Database(t))
+	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(dsn, "pool_cancel_grace=60s")))
+	d := newDials(config)
+	pool := newPoolWithConfig(t, config)
+	sleeper := sleeping(t, pool, 1)
+	tx := must[pgx.Tx](t)(pool.Begin(ctx))
+	if _, err := tx.Exec(ctx, "select 1"); err != nil {
+		t.Fatal(err)
+	}
+
+	network.swallow(toServer)
+	result := make(chan error, 1)
+	go func() { result <- tx.Rollback(ctx) }()
+	eventually(t, "it rolls back", func() bool {
+		return slices.ContainsFunc(pool.Active(), func(op pgxdrain.Operation) bool {
+			return op.PID == tx.Conn().PgConn().PID() && op.State == pgxdrain.StateActive
+		})
+	})
+	d.cancelling.Store(true)
+	shutdown := startShutdown(t, doneContext(), pool)
+	eventually(t, "the other statement is being cancelled", func() bool {
+		_, cancels := d.seen()
+		return len(cancels) > 0
+	})
+	network.resume()
+
+	if err := <-result; err != nil {
+		t.Errorf("the ROLLBACK: %v", err)
+	}
+	e := wantShutdownError(t, <-shutdown)
+	checkReport(t, e.Report)
+	if err := <-sleeper; sqlState(err) != "57014" || e.Cancelled != 1 || e.Drained != 1 {
+		t.Errorf("the sleeper got %v; %v", err, e)
+	}
+	_, cancels := d.seen()
+	for _, c := range cancels {
+		if pid := binary.BigEndian.AppendUint32(nil, tx.Conn().PgConn().PID()); bytes.Contains(c.sent, pid) {
+			t.Error("a cancel request was sent for it")
+		}
+	}
+}
+
 func TestStress_LateCancelRequestHitsNothingElse(t *testing.T) {
 	t.Parallel()
 	dsn := pgtest.Database(t)

@@ -824,6 +824,15 @@ func (l *lease) mayEndTransaction() bool {
 	return l.kind == batch || endsTransaction(l.sql) || strings.Contains(l.sql, ";")
 }
 
+// rollsBack reports whether the statement in progress is a ROLLBACK and nothing more.
+func (l *lease) rollsBack() bool {
+	if l.kind == batch || strings.Contains(strings.TrimRight(l.sql, "; \t\n"), ";") {
+		return false
+	}
+	first, _ := firstWords(l.sql)
+	return first == "rollback" || first == "abort"
+}
+
 // endsTransaction reports whether sql begins with a command that commits a transaction.
 func endsTransaction(sql string) bool {
 	first, second := firstWords(sql)
@@ -870,8 +879,10 @@ func (r *record) cancellable() bool {
 	return l.cancellable()
 }
 
+// cancellable reports whether there is a statement that a cancel request may end. A ROLLBACK, too, is left alone: it is over at
+// once, and to cancel it only fails it for its caller.
 func (l *lease) cancellable() bool {
-	return l.leased && l.running && l.cut == "" && l.state() != StateCommitting
+	return l.leased && l.running && l.cut == "" && l.state() != StateCommitting && !l.rollsBack()
 }
 
 // cancelUnderWay returns what is closed when the cancel request that is under way is over, or nil if none is.
