@@ -186,8 +186,15 @@ func (p *proxy) swallow(directions ...int) {
 // reset resets every connection, and those that come.
 func (p *proxy) reset() {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.cut = true
+	p.mu.Unlock()
+	p.resetAll()
+}
+
+// resetAll resets every connection that there is.
+func (p *proxy) resetAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for conn := range p.conns {
 		reset(conn)
 	}

@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
-	"net"
 	"reflect"
 	"runtime/pprof"
 	"slices"
@@ -404,7 +403,7 @@ type soakRound struct {
 	name   string // application_name of its sessions
 	pool   *pgxdrain.Pool
 	sql    *sql.DB
-	proxy  *soakProxy
+	proxy  *proxy
 
 	over    chan struct{}  // the shutdown is, and what was leaked is to be given back
 	callers sync.WaitGroup //
@@ -568,7 +567,10 @@ func (r *soakRound) run() {
 	r.shutdown()
 	<-faults
 	if r.proxy != nil {
-		r.proxy.lift(r.plan.forward)
+		if !r.plan.forward { // what a stall has kept back is lost
+			r.proxy.resetAll()
+		}
+		r.proxy.resume()
 	}
 
 	if !r.soon(func() bool { return r.busy.Load() == 0 }) {
@@ -614,23 +616,16 @@ func (r *soakRound) soon(is func() bool) bool {
 }
 
 func (r *soakRound) open() error {
-	config, err := pgxpool.ParseConfig(withParams(r.db.Config().ConnString(), r.plan.params))
+	dsn := r.db.Config().ConnString()
+	if r.plan.proxied {
+		r.proxy, dsn = newProxy(r.t, dsn)
+	}
+	config, err := pgxpool.ParseConfig(withParams(dsn, r.plan.params))
 	if err != nil {
 		return err
 	}
 	config.ConnConfig.RuntimeParams["application_name"] = r.name
 	config.ConnConfig.Tracer = soakTracer{r}
-	if r.plan.proxied {
-		dial := config.ConnConfig.DialFunc
-		network, address := pgconn.NetworkAddress(config.ConnConfig.Host, config.ConnConfig.Port)
-		r.proxy, err = newSoakProxy(func() (net.Conn, error) { return dial(context.Background(), network, address) })
-		if err != nil {
-			return err
-		}
-		config.ConnConfig.DialFunc = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "tcp", r.proxy.listener.Addr().String())
-		}
-	}
 	opts := []pgxdrain.Option{
 		pgxdrain.WithLogger(slog.New(slog.NewTextHandler(io.Discard, nil))),
 		pgxdrain.WithQueryText(pgxdrain.QueryTextRaw),
@@ -794,13 +789,13 @@ func sameReport(a, b pgxdrain.Report) bool {
 func (r *soakRound) inject(f soakFault) {
 	switch f.kind {
 	case "stall":
-		r.proxy.stall()
+		r.proxy.swallow(toServer, toClient)
 		return
 	case "flow":
-		r.proxy.lift(true)
+		r.proxy.resume()
 		return
 	case "reset":
-		r.proxy.reset()
+		r.proxy.resetAll()
 		return
 	}
 	ctx := context.Background()
@@ -1847,141 +1842,4 @@ func (r *soakRound) checkUnit(u *soakUnit, n int) {
 	r.soak.mu.Lock()
 	defer r.soak.mu.Unlock()
 	r.told[told]++
-}
-
-// The network in between.
-
-// soakProxy passes on what the pool and the server say to each other, or keeps it back.
-type soakProxy struct {
-	listener net.Listener
-	dial     func() (net.Conn, error)
-	handlers sync.WaitGroup
-
-	mu    sync.Mutex
-	flow  chan struct{} // closed while everything passes
-	conns map[net.Conn]struct{}
-	ended bool
-}
-
-func newSoakProxy(dial func() (net.Conn, error)) (*soakProxy, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	p := &soakProxy{listener: listener, dial: dial, flow: make(chan struct{}), conns: map[net.Conn]struct{}{}}
-	close(p.flow)
-	p.handlers.Go(func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			if p.own(client) {
-				p.handlers.Go(func() { p.handle(client) })
-			}
-		}
-	})
-	return p, nil
-}
-
-// own takes a connection into the set, or closes it if it is too late.
-func (p *soakProxy) own(conn net.Conn) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.ended {
-		conn.Close()
-		return false
-	}
-	p.conns[conn] = struct{}{}
-	return true
-}
-
-func (p *soakProxy) handle(client net.Conn) {
-	p.pass()
-	server, err := p.dial()
-	if err != nil || !p.own(server) {
-		p.drop(client)
-		return
-	}
-	p.handlers.Go(func() { p.copy(client, server) })
-	p.copy(server, client)
-}
-
-// copy passes on what from says until its end, and then closes both.
-func (p *soakProxy) copy(to, from net.Conn) {
-	buffer := make([]byte, 32<<10)
-	for {
-		n, err := from.Read(buffer)
-		p.pass()
-		if n > 0 {
-			if _, err := to.Write(buffer[:n]); err != nil {
-				break
-			}
-		}
-		if err != nil {
-			break
-		}
-	}
-	p.drop(to)
-	p.drop(from)
-}
-
-func (p *soakProxy) drop(conn net.Conn) {
-	conn.Close()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.conns, conn)
-}
-
-// pass waits while everything is kept back.
-func (p *soakProxy) pass() {
-	p.mu.Lock()
-	flow := p.flow
-	p.mu.Unlock()
-	<-flow
-}
-
-func (p *soakProxy) stall() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	select {
-	case <-p.flow:
-		p.flow = make(chan struct{})
-	default:
-	}
-}
-
-// lift ends a stall. What it kept back goes on, or is thrown away with the connections.
-func (p *soakProxy) lift(forward bool) {
-	if !forward {
-		p.reset()
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	select {
-	case <-p.flow:
-	default:
-		close(p.flow)
-	}
-}
-
-// reset closes every connection, with a reset.
-func (p *soakProxy) reset() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for conn := range p.conns {
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			_ = tcp.SetLinger(0)
-		}
-		conn.Close()
-	}
-}
-
-func (p *soakProxy) end() {
-	p.listener.Close()
-	p.mu.Lock()
-	p.ended = true
-	p.mu.Unlock()
-	p.lift(false)
-	p.handlers.Wait()
 }
