@@ -991,19 +991,28 @@ func TestCallersWaitingWithACtxOfTheirOwnGetItsError(t *testing.T) {
 	}
 }
 
+// committing returns once a caller waits for the COMMIT of a row in the table slow, see slowCommit.
+func committing(t testing.TB, ctx context.Context, pool *pgxdrain.Pool) (result <-chan error) {
+	t.Helper()
+	c := make(chan error, 1)
+	go func() {
+		c <- pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, "insert into slow values (1)")
+			return err
+		})
+	}()
+	eventually(t, "it commits", func() bool {
+		return slices.ContainsFunc(pool.Active(), func(op pgxdrain.Operation) bool { return op.State == pgxdrain.StateCommitting })
+	})
+	return c
+}
+
 func TestCommitInFlightIsNeverCancelled(t *testing.T) {
 	t.Parallel()
 	pool := newPool(t, forcedParams)
 	look := observer(t, pool)
 	slowCommit(t, look, "slow", "5")
-	result := make(chan error, 1)
-	go func() {
-		result <- pgx.BeginFunc(context.Background(), pool, func(tx pgx.Tx) error {
-			_, err := tx.Exec(context.Background(), "insert into slow values (1)")
-			return err
-		})
-	}()
-	inState(t, pool, pgxdrain.StateCommitting)
+	result := committing(t, context.Background(), pool)
 	e := wantShutdownError(t, shutdownInTime(t, pool))
 	if err := <-result; !errors.Is(err, pgxdrain.ErrShuttingDown) {
 		t.Errorf("the caller got %v", err)
@@ -1022,14 +1031,7 @@ func TestCommitThatEndsDuringTheCancelStepHasDrained(t *testing.T) {
 	t.Parallel()
 	pool := newPool(t, "pool_drain_timeout=5s&pool_cancel_grace=2500ms")
 	slowCommit(t, observer(t, pool), "slow", "3")
-	result := make(chan error, 1)
-	go func() {
-		result <- pgx.BeginFunc(context.Background(), pool, func(tx pgx.Tx) error {
-			_, err := tx.Exec(context.Background(), "insert into slow values (1)")
-			return err
-		})
-	}()
-	inState(t, pool, pgxdrain.StateCommitting)
+	result := committing(t, context.Background(), pool)
 	err := shutdownInTime(t, pool)
 	if caller := <-result; caller != nil {
 		t.Errorf("the caller got %v", caller)
@@ -1045,14 +1047,7 @@ func TestCommitCancelledBySomebodyElseIsKnown(t *testing.T) {
 	pool := newPool(t, forcedParams)
 	look := observer(t, pool)
 	slowCommit(t, look, "slow", "60")
-	result := make(chan error, 1)
-	go func() {
-		result <- pgx.BeginFunc(context.Background(), pool, func(tx pgx.Tx) error {
-			_, err := tx.Exec(context.Background(), "insert into slow values (1)")
-			return err
-		})
-	}()
-	inState(t, pool, pgxdrain.StateCommitting)
+	result := committing(t, context.Background(), pool)
 	pid := only(t, pool).PID
 	shutdown := startShutdown(t, context.Background(), pool)
 	eventually(t, "the cancel step", func() bool { return pool.Report().Step == pgxdrain.StepCancel })
@@ -1248,21 +1243,16 @@ func TestCommitInFlightUnderAHoldIsNotCancelledEither(t *testing.T) {
 	pool := newPool(t, forcedParams)
 	look := observer(t, pool)
 	slowCommit(t, look, "slow", "5")
-	result := make(chan error, 1)
 	ctx, release, err := pool.Hold(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
+	commit, result := committing(t, ctx, pool), make(chan error, 1)
 	go func() {
-		defer release()
-		result <- pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
-			_, err := tx.Exec(ctx, "insert into slow values (1)")
-			return err
-		})
+		err := <-commit
+		release()
+		result <- err
 	}()
-	eventually(t, "it commits", func() bool {
-		return slices.ContainsFunc(pool.Active(), func(op pgxdrain.Operation) bool { return op.State == pgxdrain.StateCommitting })
-	})
 	e := wantShutdownError(t, shutdownInTime(t, pool))
 	if err := <-result; !errors.Is(err, pgxdrain.ErrShuttingDown) {
 		t.Errorf("the caller got %v", err)
