@@ -349,7 +349,8 @@ func TestStatementThatWaitsInPgBouncerIsEndedAndNeverRuns(t *testing.T) {
 		}
 	}
 	t.Logf("%d cancelled, %d severed", cancelled, severed)
-	if e.Cancelled != cancelled || e.Unknown != severed {
+	// On a slow machine a connection may be severed after its caller has been told 57014 and before it is released.
+	if e.Cancelled+e.Severed != cancelled || e.Unknown != severed {
 		t.Errorf("%d callers were cancelled, %d severed; got %s", cancelled, severed, brief(e.Report))
 	}
 	r.checkNothingLeft(t)

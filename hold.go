@@ -125,11 +125,14 @@ func (h *hold) refuse() {
 	h.refused = true
 }
 
-// acquiresUnderHold notes that an acquisition begins or ends, if ctx is of a unit of work.
-func (t *tracer) acquiresUnderHold(ctx context.Context, n int64) {
-	if h := t.holdIn(ctx); h != nil {
-		h.acquiring.Add(n)
+// acquiresUnderHold notes that an acquisition begins or ends, or reports false if ctx is of no unit of work.
+func (t *tracer) acquiresUnderHold(ctx context.Context, n int64) bool {
+	h := t.holdIn(ctx)
+	if h == nil {
+		return false
 	}
+	h.acquiring.Add(n)
+	return true
 }
 
 // endUnitsOfWork cancels the contexts of the units of work, or only of those with nothing under way: no acquisition, which is

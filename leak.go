@@ -58,7 +58,7 @@ func (d *leakDetector) look(t *tracer) {
 	for _, r := range t.records() {
 		r.mu.Lock()
 		l := &r.current
-		if !l.leased || l.suspected || l.stack == nil || now()-l.at < d.threshold {
+		if !r.watch() || l.suspected || l.stack == nil || now()-l.at < d.threshold {
 			r.mu.Unlock()
 			continue
 		}

@@ -1290,6 +1290,35 @@ func TestStatementUnderAHoldIsCancelledAtTheServer(t *testing.T) {
 	}
 }
 
+// A dialer of the user's that hangs keeps its caller in the acquisition until the context of the unit of work ends.
+func TestAcquisitionOfAUnitOfWorkThatIsEndedFailsWithErrShuttingDown(t *testing.T) {
+	t.Parallel()
+	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(pgtest.Database(t), forcedParams)))
+	dialing, end := make(chan struct{}), make(chan struct{})
+	config.ConnConfig.DialFunc = func(context.Context, string, string) (net.Conn, error) {
+		close(dialing)
+		<-end
+		return nil, errors.New("ended")
+	}
+	pool := newPoolWithConfig(t, config)
+	t.Cleanup(func() { close(end) })
+	ctx, release, err := pool.Hold(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	result := make(chan error, 1)
+	go func() {
+		_, err := pool.Exec(ctx, "select 1")
+		result <- err
+	}()
+	<-dialing
+	wantShutdownError(t, shutdownInTime(t, pool))
+	if err := <-result; !errors.Is(err, pgxdrain.ErrShuttingDown) {
+		t.Errorf("the caller got %v", err)
+	}
+}
+
 func TestHoldReleasedBeforeAShutdownAdmitsNothing(t *testing.T) {
 	t.Parallel()
 	pool := newPool(t, "")

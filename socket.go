@@ -233,14 +233,11 @@ func (t *tracer) severUnleased() {
 func (r *record) severUnleased() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	switch {
-	case !r.current.leased:
-		r.socket.severed.Store(true)
-	case r.socket.severed.Load():
-		r.current.cut = r.current.cutOff()
-	default:
+	if r.watch() && !r.socket.severed.Load() {
 		return false
 	}
+	r.socket.severed.Store(true)
+	r.cutNow() // acquired meanwhile; if it is later, acquired sees that it is severed
 	return true
 }
 

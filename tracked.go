@@ -83,6 +83,19 @@ func (g *gate) enter() (in int, ok bool) {
 // enterUnder counts one in whether or not the gate is closed. The caller must have entered and not left yet.
 func (g *gate) enterUnder() (in int) { return int(g.word.Add(1) &^ gateClosed) }
 
+// leaveOpen counts one out if the gate is open, or else reports false: then who leaves was in when it closed.
+func (g *gate) leaveOpen() bool {
+	for {
+		w := g.word.Load()
+		if w&gateClosed != 0 {
+			return false
+		}
+		if g.word.CompareAndSwap(w, w-1) {
+			return true
+		}
+	}
+}
+
 // leave counts one out.
 func (g *gate) leave() {
 	if g.word.Add(^uint64(0)) == gateClosed {
@@ -200,21 +213,23 @@ var done = func() <-chan struct{} {
 func (refusedContext) Done() <-chan struct{} { return done }
 func (refusedContext) Err() error            { return ErrShuttingDown }
 
-// queuedContext is the context of an acquisition that has to wait for a connection to come back. puddle's Close leaves those
-// who wait in its semaphore where they are, behind a leaked connection for ever; this way they can be freed.
-type queuedContext struct {
+// endableContext is the context of an acquisition that the shutdown may end, which its caller is to know from any other end of
+// its context: one that has to wait for a connection to come back, or one of a unit of work.
+type endableContext struct {
 	context.Context
 	by      *tracer
-	dequeue func()
+	dequeue func() // nil if it does not wait
 }
 
+// queue makes the context of an acquisition that has to wait. puddle's Close leaves those who wait in its semaphore where they
+// are, behind a leaked connection for ever; this way they can be freed.
 func (t *tracer) queue(ctx context.Context) context.Context {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(t.freed, func() { cancel(ErrShuttingDown) })
-	return &queuedContext{ctx, t, func() { stop(); cancel(nil) }}
+	return &endableContext{ctx, t, func() { stop(); cancel(nil) }}
 }
 
-func (c *queuedContext) Err() error {
+func (c *endableContext) Err() error {
 	err := c.Context.Err()
 	if err != nil && context.Cause(c.Context) == ErrShuttingDown {
 		return ErrShuttingDown
@@ -234,13 +249,15 @@ func (t *tracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pg
 		}
 	}
 	held := int(t.held.Load())
-	if held > 0 {
-		t.acquiresUnderHold(ctx, 1)
-	}
-	if in > t.maxConns+held {
+	underHold := held > 0 && t.acquiresUnderHold(ctx, 1)
+	switch {
+	case in > t.maxConns+held:
 		return t.queue(ctx)
+	case underHold:
+		return &endableContext{Context: ctx, by: t}
+	default:
+		return ctx
 	}
-	return ctx
 }
 
 func (t *tracer) TraceAcquireEnd(ctx context.Context, pool *pgxpool.Pool, data pgxpool.TraceAcquireEndData) {
@@ -252,8 +269,8 @@ func (t *tracer) TraceAcquireEnd(ctx context.Context, pool *pgxpool.Pool, data p
 		if c.by == t {
 			return
 		}
-	case *queuedContext:
-		if c.by == t {
+	case *endableContext:
+		if c.by == t && c.dequeue != nil {
 			c.dequeue()
 		}
 	}
@@ -271,8 +288,8 @@ func (t *tracer) TraceAcquireEnd(ctx context.Context, pool *pgxpool.Pool, data p
 }
 
 func (t *tracer) TraceRelease(_ *pgxpool.Pool, data pgxpool.TraceReleaseData) {
-	if r := t.record(data.Conn); r != nil && r.release() {
-		t.gate.leave()
+	if r := t.record(data.Conn); r != nil {
+		r.release()
 	}
 }
 
@@ -341,12 +358,20 @@ func (t *tracer) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData
 	}
 }
 
-// recordKey is the key of a connection's record in its PgConn's CustomData.
+// recordKey is the key of a connection's record in its PgConn's CustomData, if the user's AfterNetConnect has hidden its socket.
 const recordKey = "github.com/pgxdrain/pgxdrain"
 
 // record returns the record of conn, or nil if conn is not of t's pool or was never acquired from it.
 // The caller must be the one that has the use of conn.
+//
+// The way through the socket costs a tenth of that through the map.
 func (t *tracer) record(conn *pgx.Conn) *record {
+	if s := socketOf(conn.PgConn().Conn()); s != nil {
+		if s.tracer != t {
+			return nil
+		}
+		return s.record.Load()
+	}
 	r, _ := conn.PgConn().CustomData()[recordKey].(*record)
 	if r == nil || r.tracer != t {
 		return nil
@@ -383,9 +408,10 @@ func (t *tracer) statementEnds(conn *pgx.Conn, kind statementKind, err error) {
 
 func (t *tracer) newRecord(conn *pgx.Conn) *record {
 	r := &record{tracer: t, conn: conn, pid: conn.PgConn().PID(), socket: socketOf(conn.PgConn().Conn())}
-	conn.PgConn().CustomData()[recordKey] = r
 	if r.socket != nil {
 		r.socket.record.Store(r)
+	} else {
+		conn.PgConn().CustomData()[recordKey] = r
 	}
 
 	t.mu.Lock()
@@ -517,14 +543,31 @@ type record struct {
 	socket *socket // nil if the user's AfterNetConnect has hidden it
 	index  int     // in the tracer's set, guarded by its mutex; -1 once out of it
 
+	phase      atomic.Uint32
 	mu         sync.Mutex
-	current    lease // zero while the connection is not acquired
+	current    lease // zero while the phase is free
 	leases     uint32
 	cancelling chan struct{} // while a cancel request is under way: closed at its end
 
 	cancelPending atomic.Bool // a cancel request is under way or about to be
 
 	stack *stack // for leak detection; made with the first lease that needs it
+}
+
+// The phases of a record. An acquisition and a release that nobody looks at take no lock, which is a third of what they cost:
+// acquired fills in the lease while the connection is its caller's alone, and then publishes it by storing leased; release takes
+// it back by swapping leased for free. Whoever else wants to see the lease makes it watched first, under the mutex; from then
+// on it ends under the mutex only. All else that changes a lease does so under the mutex.
+const (
+	free uint32 = iota // the lease is nobody's, or that of who is acquiring or has just released the connection
+	leased
+	watched
+)
+
+// watch makes sure that the current lease does not end while the caller has the mutex, or reports false if there is none.
+// Caller of this method must hold r.mu!
+func (r *record) watch() bool {
+	return r.phase.CompareAndSwap(leased, watched) || r.phase.Load() == watched
 }
 
 // lease is one use of a connection, from its acquisition to its release. Its times are by the clock of now.
@@ -578,42 +621,56 @@ func now() time.Duration { return time.Since(epoch) }
 // The caller of these must be the one that has the use of the connection.
 
 func (r *record) acquired(ctx context.Context) {
-	tx := r.conn.PgConn().TxStatus() // a PrepareConn hook may have begun a transaction
-	at := now()
-	r.mu.Lock()
 	r.leases++
 	l := &r.current // zero: setting what is not is half the time of writing it whole
-	l.leased, l.number, l.ctx, l.at, l.tx = true, r.leases, ctx, at, 'I'
-	l.setTx(tx, at)
-	if r.socket != nil && r.socket.severed.Load() {
-		l.cut = OutcomeSevered // by severUnleased, just before
+	l.leased, l.number, l.ctx, l.at, l.tx = true, r.leases, ctx, now(), 'I'
+	l.setTx(r.conn.PgConn().TxStatus(), l.at) // a PrepareConn hook may have begun a transaction
+	r.phase.Store(leased)
+
+	if r.socket != nil && r.socket.severed.Load() { // by severUnleased, just before
+		r.mu.Lock()
+		r.cutNow()
+		r.mu.Unlock()
 	}
-	r.mu.Unlock()
 }
 
-// release ends the lease, or reports false if there is none: the raw pool's AcquireAllIdle begins none.
-func (r *record) release() bool {
-	r.mu.Lock()
-	if l := &r.current; r.cancelling == nil && l.followed == nil && !l.suspected && !r.tracer.gate.closed() {
-		leased := l.leased // the usual case: nobody wants to know how it was
-		*l = lease{}
-		r.mu.Unlock()
-		return leased
+// cutNow notes that the socket of the current lease, if there is one, is severed. Caller of this method must hold r.mu!
+func (r *record) cutNow() {
+	if l := &r.current; r.watch() && l.cut == "" {
+		l.cut = l.cutOff()
 	}
-	r.mu.Unlock()
+}
+
+// release ends the lease and leaves the gate. There is none if the raw pool's AcquireAllIdle has acquired the connection.
+func (r *record) release() {
+	t := r.tracer
+	if l := &r.current; r.phase.CompareAndSwap(leased, free) {
+		if !t.gate.leaveOpen() { // it closed just now, and the shutdown has not come to this lease
+			t.shutdown.missed(r, l)
+			t.gate.leave()
+		}
+		*l = lease{}
+		return
+	}
 
 	r.awaitCancel()
 	ended, ok := r.endLease(0)
+	if !ok {
+		return
+	}
 	if ended.suspected {
-		r.tracer.leaks.cameBack(r.pid, &ended)
+		t.leaks.cameBack(r.pid, &ended)
 	}
 	switch {
 	case ended.followed != nil:
 		ended.followed.ended(ended.outcome(), &ended)
-	case ok && !ended.underHold && r.tracer.gate.closed():
-		r.tracer.shutdown.missed(r, &ended)
+	case ended.underHold:
+	case t.gate.leaveOpen():
+		return
+	default:
+		t.shutdown.missed(r, &ended)
 	}
-	return ok
+	t.gate.leave()
 }
 
 func (r *record) statementStarts(s statement) {
@@ -662,6 +719,9 @@ func (r *record) statementEnds(kind statementKind, err error) {
 func (r *record) lease() lease {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if !r.watch() {
+		return lease{}
+	}
 	return r.current
 }
 
@@ -679,25 +739,28 @@ func (r *record) hijacked(number uint32) bool {
 func (r *record) endLease(number uint32) (ended lease, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.current.leased || number != 0 && number != r.current.number {
+	if !r.watch() || number != 0 && number != r.current.number {
 		return lease{}, false
 	}
 	ended, r.current = r.current, lease{}
+	r.phase.Store(free)
 	return ended, true
 }
 
 // setUnderHold marks the current lease as part of a unit of work. The caller must have the use of the connection.
 func (r *record) setUnderHold() {
 	r.mu.Lock()
-	r.current.underHold = true
-	r.mu.Unlock()
+	defer r.mu.Unlock()
+	if r.watch() {
+		r.current.underHold = true
+	}
 }
 
 // attach lets f follow its lease, or reports false if that has ended or is followed already.
 func (r *record) attach(f *followed) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.current.leased || r.current.number != f.lease || r.current.followed != nil {
+	if !r.watch() || r.current.number != f.lease || r.current.followed != nil {
 		return false
 	}
 	r.current.followed = f
@@ -855,7 +918,7 @@ func endsTransaction(sql string) bool {
 // a client that leaves while a cancel request of it is under way (pgbouncer #801, #822).
 func (r *record) cancel() {
 	r.mu.Lock()
-	if !r.current.cancellable() {
+	if !r.watch() || !r.current.cancellable() {
 		r.mu.Unlock()
 		return
 	}
@@ -909,7 +972,7 @@ func (r *record) awaitCancel() {
 func (r *record) sever(onlyIdle bool) {
 	r.mu.Lock()
 	l := &r.current
-	if !l.leased || l.cut != "" || onlyIdle && l.running {
+	if !r.watch() || l.cut != "" || onlyIdle && l.running {
 		r.mu.Unlock()
 		return
 	}
