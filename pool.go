@@ -154,14 +154,15 @@ func (p *Pool) Active() []Operation {
 }
 
 func (p *Pool) active() []Operation {
-	var ops []Operation
+	records, holds := p.tracer.records(), p.tracer.unitsOfWork()
+	ops := make([]Operation, 0, len(records)+len(holds))
 	text := p.settings.queryText.cached()
-	for _, r := range p.tracer.records() {
+	for _, r := range records {
 		if op, ok := r.operation(text); ok {
 			ops = append(ops, op)
 		}
 	}
-	for _, h := range p.tracer.unitsOfWork() {
+	for _, h := range holds {
 		ops = append(ops, h.operation())
 	}
 	slices.SortFunc(ops, longestHeld)

@@ -3,12 +3,14 @@ package pgxdrain
 import (
 	"context"
 	"errors"
+	"math"
 	"reflect"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/multitracer"
@@ -467,71 +469,113 @@ func (t *tracer) waiting() int {
 // A connection that is leased before and after the look, by the same lease, was acquired all the while: a lease begins after
 // pgxpool has marked the connection so and ends before it is unmarked. If the pool does not have it then, it was hijacked.
 func (t *tracer) reconcile() {
-	type leased struct {
-		record *record
-		number uint32
-	}
-	var before []leased
-	for _, r := range t.records() {
-		if l := r.lease(); l.leased {
-			before = append(before, leased{r, l.number})
+	records := t.records()
+	suspects := make(map[*pgx.Conn]suspect, len(records))
+	for _, r := range records {
+		if number, ok := r.leaseNumber(); ok {
+			suspects[r.conn] = suspect{r, number}
 		}
 	}
-	if len(before) == 0 {
+	switch {
+	case len(suspects) == 0:
 		return
-	}
-	// The count tells only if it is 0. It includes connections without a lease: those that are being closed, for up to 15 s each
-	// on a dead network.
-	var conns map[*pgx.Conn]bool
-	if t.pool.Stat().AcquiredConns() > 0 {
-		var ok bool
-		if conns, ok = acquiredConns(t.pool); !ok {
+	case !strikeOut(suspects, t.pool, 64): // a few at a time: nobody who acquires is to wait for it
+		if t.pool.Stat().AcquiredConns() > 0 {
 			return // which of them cannot be told; the last to be released will leave only hijacked ones
 		}
+	case len(suspects) > 0:
+		strikeOut(suspects, t.pool, math.MaxInt) // what is left may only have moved in the list between two looks
 	}
-	for _, l := range before {
-		if !conns[l.record.conn] && l.record.hijacked(l.number) {
-			t.forget(l.record)
-			t.disown(l.record.socket)
+	for _, s := range suspects {
+		if s.record.hijacked(s.number) {
+			t.forget(s.record)
+			t.disown(s.record.socket)
 			t.gate.leave()
 		}
 	}
 }
 
-// acquiredConns returns the connections that are acquired from pool, or false if this version of pgxpool or puddle keeps
-// them elsewhere. No public call tells: Stat counts them, and while another connection is acquired a count cannot tell it
-// from a hijacked one. So this reads the list that Stat counts, under the lock that Stat takes.
-func acquiredConns(pool *pgxpool.Pool) (conns map[*pgx.Conn]bool, ok bool) {
-	defer func() {
-		if recover() != nil { // reflect's, over a field that is not there or not of this kind
-			conns, ok = nil, false
-		}
-	}()
+// suspect is a lease whose connection may have been hijacked.
+type suspect struct {
+	record *record
+	number uint32
+}
+
+// strikeOut takes those out of suspects whose connections are acquired from pool, or reports false if this version of pgxpool or
+// puddle keeps them elsewhere. No public call tells: Stat counts them, and while another connection is acquired a count cannot
+// tell it from a hijacked one. So this reads the list that Stat counts, under the lock that Stat takes, atOnce of them at a time.
+func strikeOut(suspects map[*pgx.Conn]suspect, pool *pgxpool.Pool, atOnce int) bool {
+	at, ok := puddlePlaces()
+	if !ok {
+		return false
+	}
 	const statusAcquired = 2 // puddle's resourceStatusAcquired
+	puddle := *(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(pool), at.pool))
+	mux := (*sync.Mutex)(unsafe.Add(puddle, at.mux))
+	all := (*[]unsafe.Pointer)(unsafe.Add(puddle, at.resources))
 
-	puddlePool := reflect.ValueOf(pool).Elem().FieldByName("p").Elem()
-	mux := puddlePool.FieldByName("mux")
-	if mux.Type() != reflect.TypeFor[sync.Mutex]() {
-		return nil, false
+	look := func(from int) (to int, more bool) {
+		mux.Lock()
+		defer mux.Unlock()
+		to = min(from+atOnce, len(*all))
+		for i := from; i < to; i++ {
+			resource := (*all)[i]
+			if *(*byte)(unsafe.Add(resource, at.status)) == statusAcquired {
+				value := *(*unsafe.Pointer)(unsafe.Add(resource, at.value))
+				delete(suspects, *(**pgx.Conn)(unsafe.Add(value, at.conn)))
+			}
+		}
+		return to, to < len(*all)
 	}
-	lock := (*sync.Mutex)(mux.Addr().UnsafePointer())
-	lock.Lock()
-	defer lock.Unlock()
+	for to, more := look(0); more; {
+		to, more = look(to)
+	}
+	return true
+}
 
-	conns = make(map[*pgx.Conn]bool)
-	all := puddlePool.FieldByName("allResources")
-	for i := range all.Len() {
-		resource := all.Index(i).Elem()
-		if resource.FieldByName("status").Uint() != statusAcquired {
-			continue
+// places are the offsets of what acquiredConns reads.
+type places struct {
+	pool           uintptr // in a pgxpool.Pool: the *puddle.Pool
+	mux, resources uintptr // in that: a sync.Mutex, and a slice of *puddle.Resource
+	status, value  uintptr // in one of those: a byte, and the pointer to a struct
+	conn           uintptr // in that: the *pgx.Conn
+}
+
+// puddlePlaces finds the places by their names, or reports false if one is not there or not of its type.
+var puddlePlaces = sync.OnceValues(func() (at places, ok bool) {
+	ok = true
+	find := func(in reflect.Type, name string, offset *uintptr, is func(reflect.Type) bool) reflect.Type {
+		if !ok || in.Kind() != reflect.Struct {
+			ok = false
+			return in
 		}
-		conn := resource.FieldByName("value").Elem().FieldByName("conn")
-		if conn.Type() != reflect.TypeFor[*pgx.Conn]() {
-			return nil, false
+		field, found := in.FieldByName(name)
+		ok = found && is(field.Type)
+		if !ok {
+			return in
 		}
-		conns[(*pgx.Conn)(conn.UnsafePointer())] = true
+		*offset = field.Offset
+		return field.Type
 	}
-	return conns, true
+	isPointer := func(t reflect.Type) bool { return t.Kind() == reflect.Pointer && t.Elem().Kind() == reflect.Struct }
+	isList := func(t reflect.Type) bool { return t.Kind() == reflect.Slice && isPointer(t.Elem()) }
+	is := func(want reflect.Type) func(reflect.Type) bool { return func(t reflect.Type) bool { return t == want } }
+
+	puddle := elem(find(reflect.TypeFor[pgxpool.Pool](), "p", &at.pool, isPointer))
+	find(puddle, "mux", &at.mux, is(reflect.TypeFor[sync.Mutex]()))
+	resource := elem(elem(find(puddle, "allResources", &at.resources, isList)))
+	find(resource, "status", &at.status, is(reflect.TypeFor[byte]()))
+	value := elem(find(resource, "value", &at.value, isPointer))
+	find(value, "conn", &at.conn, is(reflect.TypeFor[*pgx.Conn]()))
+	return at, ok
+})
+
+// elem is what t points to or is a list of, or t itself.
+func elem(t reflect.Type) reflect.Type {
+	if k := t.Kind(); k == reflect.Pointer || k == reflect.Slice {
+		return t.Elem()
+	}
+	return t
 }
 
 // record is what is known of one connection. It is made when the connection is first acquired and reused for its life, so
@@ -723,6 +767,14 @@ func (r *record) lease() lease {
 		return lease{}
 	}
 	return r.current
+}
+
+// leaseNumber returns the number of the current lease, or false if there is none.
+func (r *record) leaseNumber() (number uint32, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	ok = r.watch()
+	return r.current.number, ok
 }
 
 // hijacked ends the lease of that number because its connection is not the pool's any more, or reports false if it has
