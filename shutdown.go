@@ -500,8 +500,11 @@ func (s *shutdown) finish(ctx context.Context) {
 func (s *shutdown) makeFinal() error {
 	// If the steps are late, on a machine that has no time for them, they are not to change what is reported now.
 	s.closeGate()
-	s.pool.tracer.reconcile()
-	for _, r := range s.pool.tracer.records() {
+	t := s.pool.tracer
+	t.free(ErrShuttingDown)
+	t.reconcile()
+	s.followAll(true)
+	for _, r := range t.records() {
 		r.sever(false)
 	}
 	s.mu.Lock()

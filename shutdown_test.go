@@ -895,6 +895,60 @@ func TestConnectionWithoutAStatementIsSevered(t *testing.T) {
 }
 
 // The backend is blocked in sending them and takes no cancel request then.
+// slowReader is a connection that, once it is told to, keeps what it has read to itself until it is let go.
+type slowReader struct {
+	net.Conn
+	slow atomic.Bool
+	read chan struct{} // closed when it has read something
+	let  chan struct{}
+}
+
+func (c *slowReader) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 && c.slow.CompareAndSwap(true, false) {
+		close(c.read)
+		<-c.let
+	}
+	return n, err
+}
+
+// The answer to its LISTEN is there when its connection is severed; but then it listens on.
+func TestListenerThatIsSeveredAfterAnAnswerIsSevered(t *testing.T) {
+	t.Parallel()
+	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(withParams(pgtest.Database(t), "pool_drain_timeout=60s&pool_cancel_grace=6s")))
+	dial := config.ConnConfig.DialFunc
+	c := &slowReader{read: make(chan struct{}), let: make(chan struct{})}
+	config.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil || c.Conn != nil { // a cancel request
+			return conn, err
+		}
+		c.Conn = conn
+		return c, nil
+	}
+	pool := newPoolWithConfig(t, config)
+	conn := acquire(t, pool)
+	c.slow.Store(true)
+	result := make(chan error, 1)
+	go func() {
+		defer conn.Release()
+		_, err := conn.Exec(context.Background(), "listen news")
+		if err == nil {
+			_, err = conn.Conn().WaitForNotification(context.Background())
+		}
+		result <- err
+	}()
+	<-c.read
+	shutdown := startShutdown(t, doneContext(), pool)
+	eventually(t, "it is severed", func() bool { return pool.Report().Step == pgxdrain.StepClose })
+	close(c.let)
+	e := wantShutdownError(t, <-shutdown)
+	checkReport(t, e.Report)
+	if err := <-result; !errors.Is(err, pgxdrain.ErrShuttingDown) || e.Severed != 1 {
+		t.Errorf("the listener got %v; %v", err, e)
+	}
+}
+
 func TestRowsThatNobodyReadsAreCutOff(t *testing.T) {
 	t.Parallel()
 	pool := newPool(t, forcedParams)

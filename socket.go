@@ -21,6 +21,7 @@ type socket struct {
 	stop    context.CancelFunc // of the dial's context
 	record  atomic.Pointer[record]
 	severed atomic.Bool
+	told    atomic.Bool // its user has been told that it is severed
 
 	deadline sync.Mutex // held while one is set
 	closing  sync.Once  // once it is severed
@@ -141,8 +142,9 @@ func (s *socket) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// severedError is what pgconn is to see of a socket that was severed.
+// severedError tells pgconn that the socket was severed.
 func (s *socket) severedError() error {
+	s.told.Store(true)
 	if !s.attempt.succeeded.Load() {
 		return errNotConnected
 	}

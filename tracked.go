@@ -702,6 +702,9 @@ func (r *record) release() {
 	if !ok {
 		return
 	}
+	if ended.cut == "" && r.socket != nil && r.socket.told.Load() {
+		ended.cut = OutcomeSevered // after its last statement, whose answer was there: it listened
+	}
 	if ended.suspected {
 		t.leaks.cameBack(r.pid, &ended)
 	}
