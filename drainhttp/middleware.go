@@ -62,10 +62,11 @@ func (m *middleware) serve(w http.ResponseWriter, r *http.Request, next http.Han
 		return
 	}
 	defer release()
-	if draining(m.pool) {
-		w.Header().Set("Connection", "close")
-	}
+	w, c := closing(w, m.pool)
 	next.ServeHTTP(w, r.WithContext(ctx))
+	if c != nil {
+		c.beforeHeader() // which net/http writes now if the handler has not
+	}
 }
 
 // refusal is the body of the response to a request that is refused.

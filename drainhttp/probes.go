@@ -9,8 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgconn"
-
 	"github.com/pgxdrain/pgxdrain"
 )
 
@@ -108,12 +106,12 @@ func (h *ready) checkDatabase(ctx context.Context) (reason string) {
 			return h.tooSlow()
 		}
 	}
-	var pgErr *pgconn.PgError
+	var answered interface{ SQLState() string }
 	switch {
 	case p.err == nil:
 		return ""
-	case errors.As(p.err, &pgErr):
-		return "the database refused the check: SQLSTATE " + pgErr.Code
+	case errors.As(p.err, &answered):
+		return "the database refused the check: SQLSTATE " + answered.SQLState()
 	case errors.Is(p.err, context.DeadlineExceeded):
 		return h.tooSlow()
 	default: // its text may name hosts and users
