@@ -14,7 +14,7 @@ import (
 type leakDetector struct {
 	threshold time.Duration
 	log       func() *slog.Logger
-	text      func(sql string) string
+	text      queryTextFunc
 }
 
 // stack holds the innermost frames of a caller. 32 reach through a router and its middleware.

@@ -2,56 +2,130 @@ package pgxdrain
 
 import (
 	"context"
-	"regexp"
+	"runtime/debug"
+	"slices"
 	"strings"
+	"sync"
 	"time"
-	"unicode/utf8"
 
-	sqllexer "github.com/DataDog/go-sqllexer"
+	"github.com/jackc/pgx/v5"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 	"go.opentelemetry.io/otel/trace"
 )
 
-// ScopeName is the instrumentation scope of the pool's telemetry.
+// ScopeName is the instrumentation scope of the pool's telemetry, which is described in docs/telemetry.md.
 const ScopeName = "github.com/pgxdrain/pgxdrain"
+
+// scopeVersion is the version of this module that the program was built with.
+var scopeVersion = sync.OnceValue(func() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, m := range append(info.Deps, &info.Main) {
+			if m.Path == ScopeName {
+				return m.Version
+			}
+		}
+	}
+	return ""
+})
+
+// databaseAttributes says which database a pool is of, in its spans.
+func databaseAttributes(cc *pgx.ConnConfig) []attribute.KeyValue {
+	const defaultPort = 5432
+	attrs := []attribute.KeyValue{
+		semconv.DBSystemNamePostgreSQL,
+		semconv.DBNamespace(databaseName(cc)),
+		semconv.ServerAddress(cc.Host),
+	}
+	if cc.Port != defaultPort && !strings.HasPrefix(cc.Host, "/") { // of a Unix socket the port is a part of a file's name
+		attrs = append(attrs, semconv.ServerPort(int(cc.Port)))
+	}
+	return attrs
+}
+
+// The values of error.type, besides the outcomes of operations.
+const (
+	errorNotDrained = "not_drained"
+	errorNotClosed  = "not_closed" // but drained
+)
+
+func errorType(r *Report) string {
+	if len(r.Remaining()) > 0 {
+		return errorNotDrained
+	}
+	return errorNotClosed
+}
 
 // traceShutdown records a shutdown, from its final report, in spans below ctx's.
 //
 // The spans are made afterwards, with the times that things had, so that telemetry neither runs in a caller's Release nor
 // holds up a step, and no span can be left open.
 func traceShutdown(ctx context.Context, s *settings, r *Report, err error) {
-	tracer := s.tracerProvider.Tracer(ScopeName, trace.WithSchemaURL(semconv.SchemaURL))
-	ctx, span := tracer.Start(ctx, "pgxdrain.shutdown", trace.WithTimestamp(r.Start), trace.WithAttributes(
-		semconv.DBSystemNamePostgreSQL,
-		semconv.DBClientConnectionPoolName(r.Pool),
-		attribute.Float64("pgxdrain.budget", r.Budget.Seconds()),
-		attribute.Int("pgxdrain.active", r.Active),
-		attribute.Int("pgxdrain.waiting", r.Waiting),
-		attribute.Int64("pgxdrain.refused", r.Refused),
-		attribute.Int("pgxdrain.admitted", r.Admitted),
-		attribute.Int("pgxdrain.drained", r.Drained),
-		attribute.Int("pgxdrain.cancelled", r.Cancelled),
-		attribute.Int("pgxdrain.severed", r.Severed),
-		attribute.Int("pgxdrain.unknown", r.Unknown),
-		attribute.Int("pgxdrain.leaked", r.Leaked),
-	))
-	defer span.End(trace.WithTimestamp(r.Start.Add(r.Took)))
+	tracer := s.tracerProvider.Tracer(ScopeName,
+		trace.WithInstrumentationVersion(scopeVersion()), trace.WithSchemaURL(semconv.SchemaURL))
+	end := r.Start.Add(r.Took)
+	ctx, span := tracer.Start(ctx, "pgxdrain.shutdown",
+		trace.WithTimestamp(r.Start),
+		trace.WithAttributes(s.database...),
+		trace.WithAttributes(
+			semconv.DBClientConnectionPoolName(r.Pool),
+			attribute.Float64("pgxdrain.budget", r.Budget.Seconds()),
+			attribute.Int("pgxdrain.active", r.Active),
+			attribute.Int("pgxdrain.waiting", r.Waiting),
+			attribute.Int64("pgxdrain.refused", r.Refused),
+			attribute.Int("pgxdrain.admitted", r.Admitted),
+			attribute.Int("pgxdrain.drained", r.Drained),
+			attribute.Int("pgxdrain.cancelled", r.Cancelled),
+			attribute.Int("pgxdrain.severed", r.Severed),
+			attribute.Int("pgxdrain.unknown", r.Unknown),
+			attribute.Int("pgxdrain.leaked", r.Leaked),
+		))
+	defer span.End(trace.WithTimestamp(end))
 	if err != nil {
 		span.SetStatus(codes.Error, err.Error())
-		span.SetAttributes(semconv.ErrorType(err))
+		span.SetAttributes(semconv.ErrorTypeKey.String(errorType(r)))
+	}
+	for _, step := range r.steps {
+		span.AddEvent(step.name, trace.WithTimestamp(step.at), trace.WithAttributes(
+			attribute.Int("pgxdrain.remaining", step.remaining),
+			attribute.Int("pgxdrain.waiting", step.waiting),
+			attribute.Int("pgxdrain.connections", step.connections),
+		))
 	}
 
-	for _, op := range r.Operations {
-		traceOperation(ctx, tracer, r, op)
+	ops := tellingMost(r.Operations)
+	if left := len(ops) - s.operationSpans; left > 0 {
+		ops = ops[:s.operationSpans]
+		span.SetAttributes(attribute.Int("pgxdrain.operations.left_out", left))
 	}
-	_, child := tracer.Start(ctx, "pgxdrain.close", trace.WithTimestamp(r.closeStart))
-	child.End(trace.WithTimestamp(r.closeEnd))
+	for _, op := range ops {
+		traceOperation(ctx, tracer, s, r.RefusedAt, op)
+	}
+	if !r.closeEnd.IsZero() { // it is if the steps were so late that the report was final before
+		_, child := tracer.Start(ctx, "pgxdrain.close", trace.WithTimestamp(r.closeStart))
+		child.End(trace.WithTimestamp(r.closeEnd))
+	}
+}
+
+// tellingMost returns ops with those that did not drain first.
+func tellingMost(ops []Operation) []Operation {
+	ops = slices.Clone(ops)
+	slices.SortStableFunc(ops, func(a, b Operation) int {
+		switch drained := a.Outcome == OutcomeDrained; {
+		case drained == (b.Outcome == OutcomeDrained):
+			return 0
+		case drained:
+			return 1
+		default:
+			return -1
+		}
+	})
+	return ops
 }
 
 // traceOperation records an operation from the moment the shutdown began to wait for it to its end.
-func traceOperation(ctx context.Context, tracer trace.Tracer, r *Report, op Operation) {
+func traceOperation(ctx context.Context, tracer trace.Tracer, s *settings, refusedAt time.Time, op Operation) {
 	name := "pgxdrain.query"
 	switch {
 	case op.State == StateHold:
@@ -59,30 +133,38 @@ func traceOperation(ctx context.Context, tracer trace.Tracer, r *Report, op Oper
 	case !op.TransactionStart.IsZero():
 		name = "pgxdrain.transaction"
 	}
-	began := r.refusedAt
+	began, end := refusedAt, op.AcquiredAt.Add(op.Held)
 	if op.AcquiredAt.After(began) {
 		began = op.AcquiredAt // it began after the gate had closed
+	}
+	if end.Before(began) {
+		end = began // it ended at that very moment
 	}
 	_, span := tracer.Start(ctx, name,
 		trace.WithTimestamp(began),
 		trace.WithLinks(linkTo(op.SpanContext)...),
-		trace.WithAttributes(operationAttributes(op, began.Sub(op.AcquiredAt))...))
-	defer span.End(trace.WithTimestamp(op.AcquiredAt.Add(op.Held)))
+		trace.WithAttributes(s.database...),
+		trace.WithAttributes(operationAttributes(op, s.queryText, began.Sub(op.AcquiredAt))...))
+	defer span.End(trace.WithTimestamp(end))
 	if op.Outcome != OutcomeDrained {
 		span.SetStatus(codes.Error, string(op.Outcome))
 		span.SetAttributes(semconv.ErrorTypeKey.String(string(op.Outcome)))
 	}
 }
 
-func operationAttributes(op Operation, age time.Duration) []attribute.KeyValue {
+func operationAttributes(op Operation, mode QueryText, age time.Duration) []attribute.KeyValue {
 	attrs := []attribute.KeyValue{
-		semconv.DBSystemNamePostgreSQL,
 		attribute.String("pgxdrain.outcome", string(op.Outcome)),
 		attribute.String("pgxdrain.state", string(op.State)),
 		attribute.Float64("pgxdrain.age", age.Seconds()),
-		attribute.Int64("pgxdrain.backend.pid", int64(op.PID)),
 	}
-	if op.Statement != "" {
+	if op.State != StateHold { // which has no connection
+		attrs = append(attrs, attribute.Int64("pgxdrain.backend.pid", int64(op.PID)))
+	}
+	if op.summary != "" {
+		attrs = append(attrs, semconv.DBQuerySummary(op.summary))
+	}
+	if op.Statement != "" && mode != QueryTextSummary {
 		attrs = append(attrs, semconv.DBQueryText(op.Statement))
 	}
 	if op.BatchSize > 1 { // the convention wants no batch size for a single statement
@@ -96,119 +178,4 @@ func linkTo(sc trace.SpanContext) []trace.Link {
 		return nil
 	}
 	return []trace.Link{{SpanContext: sc}}
-}
-
-// QueryText is what of a statement's text may be seen in operations, reports, logs, errors and spans.
-type QueryText int
-
-const (
-	// QueryTextSanitized shows the text with every literal replaced by a question mark, without comments and with its white
-	// space folded. A text that cannot be taken apart with certainty (backslashes, nested comments, quotes that do not
-	// close) is shown as "?".
-	QueryTextSanitized QueryText = iota
-	// QueryTextRaw shows the text as the caller gave it, with whatever literals and comments are in it.
-	QueryTextRaw
-	// QueryTextSummary shows the command and the tables.
-	QueryTextSummary
-	// QueryTextNone shows nothing.
-	QueryTextNone
-)
-
-// maxQueryText is the length in bytes that a text is cut to. It is the default of track_activity_query_size, to which
-// pg_stat_activity cuts.
-const maxQueryText = 1024
-
-func (q QueryText) valid() bool { return q >= QueryTextSanitized && q <= QueryTextNone }
-
-// cached returns a function that gives what may be seen of a text and remembers it: many operations run the same few
-// statements. It is for one look at the records, by one goroutine.
-func (q QueryText) cached() func(sql string) string {
-	seen := make(map[string]string)
-	return func(sql string) string {
-		text, ok := seen[sql]
-		if !ok {
-			text = q.of(sql)
-			seen[sql] = text
-		}
-		return text
-	}
-}
-
-func (q QueryText) of(sql string) string {
-	switch q {
-	case QueryTextRaw:
-		return cut(sql)
-	case QueryTextSanitized:
-		text, _ := sanitize(sql)
-		return cut(text)
-	case QueryTextSummary:
-		_, summary := sanitize(sql)
-		return cut(summary)
-	default:
-		return ""
-	}
-}
-
-func cut(text string) string {
-	const ellipsis = "…"
-	if len(text) <= maxQueryText {
-		return text
-	}
-	end := maxQueryText - len(ellipsis)
-	for !utf8.RuneStart(text[end]) {
-		end--
-	}
-	return text[:end] + ellipsis
-}
-
-var (
-	obfuscator = sqllexer.NewObfuscator()
-	normalizer = sqllexer.NewNormalizer(
-		sqllexer.WithCollectCommands(true),
-		sqllexer.WithCollectTables(true),
-		sqllexer.WithKeepSQLAlias(true),
-		sqllexer.WithKeepIdentifierQuotation(true),
-	)
-	postgres = sqllexer.WithDBMS(sqllexer.DBMSPostgres)
-
-	// What is left where the lexer has taken a text apart other than PostgreSQL would: it takes a backslash in any string
-	// for an escape, ends a nested comment at its first "*/", and lets an unclosed quote be.
-	residue = regexp.MustCompile(`['\\]|/\s*\*|\*\s*/|\$(\D|$)`)
-)
-
-// sanitize returns the text of a statement without literals and comments, and a summary of it: the command and its tables.
-func sanitize(sql string) (text, summary string) {
-	if sql == "" {
-		return "", ""
-	}
-	const uncertain = "?"
-	if strings.Contains(sql, `\`) {
-		return uncertain, uncertain
-	}
-	text, meta, err := sqllexer.ObfuscateAndNormalize(sql, obfuscator, normalizer, postgres)
-	if err != nil || residue.MatchString(text) {
-		return uncertain, uncertain
-	}
-	command, _ := firstWords(text)
-	summary = strings.ToUpper(command)
-	if command != "copy" && command != "savepoint" { // their names are not tables to the lexer
-		summary = strings.Join(append([]string{summary}, meta.Tables...), " ")
-	}
-	return text, summary
-}
-
-// firstWords returns the first two words of a statement, in lower case, past white space and comments.
-func firstWords(sql string) (first, second string) {
-	lexer := sqllexer.New(sql, postgres)
-	words := make([]string, 0, 2)
-	for len(words) < 2 {
-		switch token := lexer.Scan(); token.Type {
-		case sqllexer.SPACE, sqllexer.COMMENT, sqllexer.MULTILINE_COMMENT:
-		case sqllexer.EOF:
-			words = append(words, "", "")
-		default:
-			words = append(words, strings.ToLower(token.Value))
-		}
-	}
-	return words[0], words[1]
 }

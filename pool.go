@@ -19,6 +19,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
 	"go.opentelemetry.io/otel/trace"
 )
 
@@ -28,6 +30,10 @@ const (
 	defaultDrainTimeout = 20 * time.Second
 	defaultCancelGrace  = 2 * time.Second
 )
+
+// defaultOperationSpans keeps the trace of a shutdown of a large pool readable, and clear of the 2048 spans that a
+// BatchSpanProcessor holds.
+const defaultOperationSpans = 128
 
 // Pool is a [pgxpool.Pool] that can be drained. Every method that is not described here is pgxpool's own, with its types,
 // results and errors; the embedded *pgxpool.Pool may be handed to any library that wants one (River, database/sql through
@@ -41,6 +47,7 @@ type Pool struct {
 	user     *pgxpool.Config // what Config hands out: without our tracer and our keys
 	tracer   *tracer
 
+	metrics  *metrics
 	draining context.Context // done, with cause ErrShuttingDown, from the moment Shutdown is called
 	shutdown *shutdown
 }
@@ -127,6 +134,7 @@ func NewWithConfig(ctx context.Context, config *pgxpool.Config, opts ...Option) 
 
 	p := &Pool{Pool: pool, settings: settings, user: user, tracer: t}
 	p.shutdown = newShutdown(p)
+	p.metrics = newMetrics(p)
 	if settings.leakThreshold > 0 {
 		t.leaks = &leakDetector{
 			threshold: settings.leakThreshold,
@@ -271,6 +279,17 @@ func WithTracerProvider(tp trace.TracerProvider) Option {
 	return func(s *settings) { s.tracerProvider = tp }
 }
 
+// WithOperationSpans sets how many of its operations a shutdown makes a span for, n or fewer; those that did not drain go first,
+// then those held the longest. It must not be negative. Defaults to 128.
+func WithOperationSpans(n int) Option {
+	return func(s *settings) { s.operationSpans = n }
+}
+
+// WithMeterProvider sets the provider of the pool's metrics. Defaults to the global one, [otel.GetMeterProvider].
+func WithMeterProvider(mp metric.MeterProvider) Option {
+	return func(s *settings) { s.meterProvider = mp }
+}
+
 // WithPoolName sets the name that logs, reports and telemetry give the pool (db.client.connection.pool.name). Defaults to
 // host:port/database.
 func WithPoolName(name string) Option {
@@ -291,20 +310,25 @@ type settings struct {
 	leakThreshold  time.Duration // 0: off
 	logger         *slog.Logger  // nil: slog.Default at the time
 	tracerProvider trace.TracerProvider
+	operationSpans int
+	meterProvider  metric.MeterProvider
 	poolName       string
 	queryText      QueryText
+
+	database []attribute.KeyValue // what the pool's spans say of it
 }
 
 // newSettings applies the options and then the connection-string keys, which it takes out of config.
 func newSettings(config *pgxpool.Config, opts []Option) (settings, error) {
 	cc := config.ConnConfig
-	// Stands for the connection string in errors too: what pgconn leaves of one has its password taken out by best effort.
-	address := net.JoinHostPort(cc.Host, strconv.Itoa(int(cc.Port))) + "/" + cmp.Or(cc.Database, cc.User)
 	s := settings{
 		drainTimeout:   defaultDrainTimeout,
 		cancelGrace:    defaultCancelGrace,
 		tracerProvider: otel.GetTracerProvider(),
-		poolName:       address,
+		operationSpans: defaultOperationSpans,
+		meterProvider:  otel.GetMeterProvider(),
+		poolName:       address(cc),
+		database:       databaseAttributes(cc),
 	}
 	for _, opt := range opts {
 		opt(&s)
@@ -331,10 +355,10 @@ func newSettings(config *pgxpool.Config, opts []Option) (settings, error) {
 		}
 		v, err := time.ParseDuration(text)
 		if err != nil {
-			return s, pgconn.NewParseConfigError(address, "cannot parse "+d.key, err)
+			return s, pgconn.NewParseConfigError(address(cc), "cannot parse "+d.key, err)
 		}
 		if v < d.least {
-			return s, pgconn.NewParseConfigError(address, d.key+" "+d.rule, nil)
+			return s, pgconn.NewParseConfigError(address(cc), d.key+" "+d.rule, nil)
 		}
 		*d.value = v
 	}
@@ -347,11 +371,24 @@ func newSettings(config *pgxpool.Config, opts []Option) (settings, error) {
 		return s, fmt.Errorf("pgxdrain: the pool name (WithPoolName, pool_name) must not be empty")
 	case s.tracerProvider == nil:
 		return s, fmt.Errorf("pgxdrain: WithTracerProvider must not be given nil")
+	case s.operationSpans < 0:
+		return s, fmt.Errorf("pgxdrain: WithOperationSpans must not be negative, got %d", s.operationSpans)
+	case s.meterProvider == nil:
+		return s, fmt.Errorf("pgxdrain: WithMeterProvider must not be given nil")
 	case !s.queryText.valid():
 		return s, fmt.Errorf("pgxdrain: WithQueryText: %d is not one of its modes", s.queryText)
 	}
 	return s, nil
 }
+
+// address stands for the connection string in names and errors: what pgconn leaves of one has its password taken out by best
+// effort.
+func address(cc *pgx.ConnConfig) string {
+	return net.JoinHostPort(cc.Host, strconv.Itoa(int(cc.Port))) + "/" + databaseName(cc)
+}
+
+// databaseName is what the server takes for the database's name if the configuration has none.
+func databaseName(cc *pgx.ConnConfig) string { return cmp.Or(cc.Database, cc.User) }
 
 // takeParam takes a pool key out of the parameters that would be sent to the server, as pgxpool.ParseConfig does.
 func takeParam(cc *pgx.ConnConfig, key string) (value string, ok bool) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -71,6 +72,8 @@ type Report struct {
 	Start  time.Time     // when Shutdown was called; zero before
 	Took   time.Duration // since Start, to now or to the return of Shutdown
 
+	RefusedAt time.Time // when the gate closed; zero before
+
 	Active   int   // operations active when the gate closed; before that, now
 	Waiting  int   // callers waiting for a connection when the gate closed; before that, now
 	Admitted int   // operations that began since
@@ -84,9 +87,18 @@ type Report struct {
 	// last statement and transaction.
 	Operations []Operation
 
-	refusedAt            time.Time // when the gate closed
-	closeStart, closeEnd time.Time // of the close step
-	closed               bool      // pgxpool's Close had returned by closeEnd
+	steps                []stepTaken
+	closeStart, closeEnd time.Time // of pgxpool's Close
+	closed               bool      // it had returned by closeEnd
+}
+
+// stepTaken is a step of a shutdown that has begun, with what it found to act on.
+type stepTaken struct {
+	name        string // unready, refuse, cancel, sever or close
+	at          time.Time
+	remaining   int // operations that had not ended
+	waiting     int // callers waiting for a connection
+	connections int // of the pool, also those that were being made
 }
 
 // Remaining returns the operations that have not ended yet, and of a final report the stragglers: all that did not drain.
@@ -212,9 +224,11 @@ type shutdown struct {
 	cancels     sync.WaitGroup // cancel requests under way
 	cancelsOver chan struct{}  // closed when nobody is to wait for them any more: what they are of has left, or is severed
 
-	// What is logged and traced is written by a goroutine of its own: a handler that hangs holds up no step.
-	log    *slog.Logger
-	toTell chan func()
+	ctx context.Context // of the call that began it, for its values; never done
+
+	// What is logged is written by a goroutine of its own: a handler that hangs holds up no step.
+	toTell  chan func(*slog.Logger)
+	telling sync.WaitGroup // all that is logged, traced and measured
 
 	closeGate func()       // begins to refuse, once
 	result    func() error // makes the report final, once, and returns the error that goes with it
@@ -256,7 +270,7 @@ func newShutdown(p *Pool) *shutdown {
 		pool:        p,
 		done:        make(chan struct{}),
 		cancelsOver: make(chan struct{}),
-		toTell:      make(chan func(), 1024), // a line a second and a few: not full unless the handler hangs
+		toTell:      make(chan func(*slog.Logger), 1024), // a line a second and a few: not full unless the handler hangs
 		step:        StepOpen,
 		cause:       context.DeadlineExceeded,
 		noted:       Report{Pool: p.settings.poolName},
@@ -271,7 +285,7 @@ func newShutdown(p *Pool) *shutdown {
 // begin makes the plan and starts the shutdown in the background: it has to go on whatever becomes of its caller.
 func (s *shutdown) begin(ctx context.Context) {
 	settings := &s.pool.settings
-	s.log = settings.log().With("pool", settings.poolName)
+	s.ctx = context.WithoutCancel(ctx)
 	start := time.Now()
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -284,20 +298,20 @@ func (s *shutdown) begin(ctx context.Context) {
 	if ctx.Err() != nil {
 		s.hurry(context.Cause(ctx))
 	}
-	go s.run(context.WithoutCancel(ctx))
+	go s.run()
 }
 
 // run is the shutdown, step by step.
-func (s *shutdown) run(ctx context.Context) {
-	told := s.startTelling()
+func (s *shutdown) run() {
+	s.telling.Go(s.log)
 	s.stopBeingReady()
 	s.refuse()
 	if !s.drain() && !s.cancel() {
 		s.sever()
 	}
 	s.close()
-	s.finish(ctx)
-	<-told
+	s.finish()
+	s.telling.Wait()
 	s.overdue.timer.Stop()
 	close(s.done)
 }
@@ -306,6 +320,8 @@ func (s *shutdown) run(ctx context.Context) {
 func (s *shutdown) stopBeingReady() {
 	s.note(func(*Report) { s.step = StepUnready })
 	s.unready(ErrShuttingDown)
+	s.tellStep(stepTaken{name: "unready", at: time.Now(), waiting: s.pool.tracer.waiting()},
+		slog.LevelInfo, "pgxdrain: shutting down, no longer ready")
 	<-s.refuseAt.rang
 }
 
@@ -313,11 +329,8 @@ func (s *shutdown) stopBeingReady() {
 func (s *shutdown) refuse() {
 	s.closeGate()
 	r := s.report()
-	left := time.Until(s.drainEnd())
-	s.tell(func() {
-		s.log.Info("pgxdrain: draining, new work is refused",
-			"active", r.Active, "waiting", r.Waiting, "left", left.Round(time.Millisecond))
-	})
+	s.tellStep(stepTaken{name: "refuse", at: r.RefusedAt, waiting: r.Waiting},
+		slog.LevelInfo, "pgxdrain: draining, new work is refused")
 }
 
 // takeDown closes the gate and takes down what is active behind it. It is called through closeGate, once.
@@ -327,7 +340,7 @@ func (s *shutdown) takeDown() {
 	admitted := t.gate.close()
 	s.note(func(r *Report) {
 		s.inAtFlip = admitted
-		r.refusedAt = time.Now()
+		r.RefusedAt = time.Now()
 	})
 	s.followAll(false)
 	s.note(func(*Report) { s.step = StepDrain })
@@ -359,10 +372,11 @@ func (s *shutdown) drain() bool {
 func (s *shutdown) cancel() bool {
 	t := s.pool.tracer
 	s.note(func(*Report) { s.step = StepCancel })
+	step := stepTaken{name: "cancel", at: time.Now(), waiting: t.waiting()}
 	t.free(ErrShuttingDown) // first: from now on a lease that begins is followed, under a hold or not
 	t.reconcile()
 	s.followAll(true)
-	s.tellStep("pgxdrain: ending what is left: cancelling")
+	s.tellStep(step, slog.LevelWarn, "pgxdrain: ending what is left: cancelling")
 
 	t.severUnleased()
 	for _, h := range t.unitsOfWork() {
@@ -415,7 +429,7 @@ func (s *shutdown) sever() {
 	s.note(func(*Report) { s.step = StepSever })
 	t.reconcile()
 	s.followAll(true)
-	s.tellStep("pgxdrain: severing what is left")
+	s.tellStep(stepTaken{name: "sever", at: time.Now(), waiting: t.waiting()}, slog.LevelWarn, "pgxdrain: severing what is left")
 	for _, r := range t.records() {
 		r.sever(false)
 	}
@@ -434,10 +448,12 @@ func (s *shutdown) sever() {
 // cannot be told to stop: at the deadline the sockets are closed under it and it is left to itself.
 func (s *shutdown) close() {
 	t := s.pool.tracer
-	s.note(func(r *Report) { s.step, r.closeStart = StepClose, time.Now() })
+	s.note(func(*Report) { s.step = StepClose })
+	s.tellStep(stepTaken{name: "close", at: time.Now(), waiting: t.waiting()}, slog.LevelInfo, "pgxdrain: closing the pool")
 	close(s.cancelsOver)
 	t.severConnecting() // nobody is to use them
 	s.awaitWaiting()
+	s.note(func(r *Report) { r.closeStart = time.Now() })
 	closed := make(chan struct{})
 	go func() {
 		defer close(closed)
@@ -451,8 +467,8 @@ func (s *shutdown) close() {
 		t.reconcile()
 		t.severAll()
 	}
-	s.awaitCancels()
 	s.note(func(r *Report) { r.closed, r.closeEnd = inTime, time.Now() })
+	s.awaitCancels()
 }
 
 // awaitWaiting gives the callers that were freed the time to leave: to whom pgxpool's Close meets on the way to a connection it
@@ -483,17 +499,17 @@ func (s *shutdown) awaitCancels() {
 }
 
 // finish makes the report final and tells of it.
-func (s *shutdown) finish(ctx context.Context) {
+// None of log, spans and metrics holds up another if its handler, processor or reader hangs.
+func (s *shutdown) finish() {
 	err := s.result()
 	for _, a := range []*alarm{s.refuseAt, s.cancelAt, s.severAt, s.deadline} {
 		a.timer.Stop()
 	}
 	report := s.report()
-	s.tell(func() {
-		logResult(s.log, &report, err)
-		traceShutdown(ctx, &s.pool.settings, &report, err)
-	})
+	s.tell(func(log *slog.Logger) { logResult(s.ctx, log, &report, err) })
 	close(s.toTell)
+	s.telling.Go(func() { traceShutdown(s.ctx, &s.pool.settings, &report, err) })
+	s.telling.Go(func() { s.pool.metrics.recordShutdown(s.ctx, &report, err) })
 }
 
 // makeFinal gives every operation that has no outcome its last one. It is called through result.
@@ -540,13 +556,6 @@ func (s *shutdown) hurry(cause error) {
 	s.overdue.set(s.plan.deadline.Add(overdueAfter))
 }
 
-// drainEnd is when the drain will be ended.
-func (s *shutdown) drainEnd() time.Time {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.plan.cancel
-}
-
 // severTime is when the cancelling will be ended.
 func (s *shutdown) severTime() time.Time {
 	s.mu.Lock()
@@ -581,7 +590,7 @@ func (s *shutdown) reportLocked() Report {
 	if !r.Start.IsZero() {
 		r.Budget, r.Took = s.plan.deadline.Sub(r.Start), time.Since(r.Start)
 	}
-	if r.refusedAt.IsZero() {
+	if r.RefusedAt.IsZero() {
 		r.Waiting = s.pool.tracer.waiting()
 		r.Operations = s.pool.active()
 		r.Active = len(r.Operations)
@@ -711,7 +720,7 @@ func (s *shutdown) followAll(admitted bool) {
 }
 
 // follow begins to follow the lease l of r, unless that is none, is over, or is followed already.
-func (s *shutdown) follow(r *record, l lease, text func(string) string, admitted bool) {
+func (s *shutdown) follow(r *record, l lease, text queryTextFunc, admitted bool) {
 	if !l.leased || l.followed != nil {
 		return
 	}
@@ -749,7 +758,8 @@ func (f *followed) ended(outcome Outcome, l *lease) {
 		f.op.Held = time.Since(f.op.AcquiredAt)
 		if f.op.Admitted && l != nil { // when it was followed nothing had happened in it yet
 			last := l.operation(f.op.PID, f.shutdown.pool.settings.queryText.of)
-			f.op.Statement, f.op.BatchSize, f.op.StatementStart = last.Statement, last.BatchSize, last.StatementStart
+			f.op.Statement, f.op.summary = last.Statement, last.summary
+			f.op.BatchSize, f.op.StatementStart = last.BatchSize, last.StatementStart
 			f.op.TransactionStart = l.lastTransaction()
 		}
 	})
@@ -761,7 +771,7 @@ func (f *followed) lost() {
 }
 
 // seen is f as it is now, or as it ended. Caller of this method must hold the shutdown's mutex!
-func (f *followed) seen(text func(string) string) Operation {
+func (f *followed) seen(text queryTextFunc) Operation {
 	switch {
 	case f.op.Outcome != "":
 		return f.op
@@ -785,57 +795,82 @@ func (f *followed) lastOutcome() Outcome {
 	return OutcomeLeaked
 }
 
-// startTelling starts the goroutine that logs and traces, and returns a channel that is closed when all has been told.
-func (s *shutdown) startTelling() <-chan struct{} {
-	told := make(chan struct{})
-	go func() {
-		defer close(told)
-		for f := range s.toTell {
-			f()
-		}
-	}()
-	return told
+// log writes what there is to tell, until finish has told the last of it.
+func (s *shutdown) log() {
+	log := s.pool.settings.log().With("pool", s.pool.settings.poolName) // here, because it calls the handler as well
+	for f := range s.toTell {
+		f(log)
+	}
 }
 
 // tell has f called when those before it have returned. It is for run's steps only: finish ends it.
-func (s *shutdown) tell(f func()) {
+func (s *shutdown) tell(f func(*slog.Logger)) {
 	select {
 	case s.toTell <- f:
 	default: // the handler hangs
 	}
 }
 
-func (s *shutdown) tellProgress() {
+// tellStep notes a step that begins and tells of it.
+func (s *shutdown) tellStep(step stepTaken, level slog.Level, message string) {
 	r := s.report()
-	left := time.Until(s.drainEnd())
-	s.tell(func() {
-		remaining := r.Remaining()
-		oldest := make([]string, 0, 3)
-		for _, op := range remaining[:min(3, len(remaining))] {
-			oldest = append(oldest, op.describe())
-		}
-		s.log.Info("pgxdrain: still draining",
-			"remaining", len(remaining), "left", left.Round(time.Millisecond), "oldest", strings.Join(oldest, "; "))
+	step.remaining = len(r.Remaining())
+	step.connections = int(s.pool.Stat().TotalConns())
+	s.note(func(r *Report) { r.steps = append(r.steps, step) })
+	s.tell(func(log *slog.Logger) {
+		log.Log(s.ctx, level, message, "step", step.name, "remaining", step.remaining, "waiting", step.waiting,
+			"connections", step.connections, "left", r.left())
 	})
 }
 
-// tellStep tells of a step that ends operations.
-func (s *shutdown) tellStep(message string) {
+func (s *shutdown) tellProgress() {
 	r := s.report()
-	s.tell(func() { s.log.Warn(message, "remaining", len(r.Remaining())) })
+	s.tell(func(log *slog.Logger) {
+		remaining := r.Remaining()
+		var oldest []slog.Attr
+		for i, op := range remaining[:min(3, len(remaining))] {
+			oldest = append(oldest, slog.GroupAttrs(strconv.Itoa(i+1), op.logAttrs()...))
+		}
+		log.LogAttrs(s.ctx, slog.LevelInfo, "pgxdrain: still draining", slog.Int("remaining", len(remaining)),
+			slog.Duration("left", r.left()), slog.GroupAttrs("oldest", oldest...))
+	})
 }
 
-func logResult(log *slog.Logger, r *Report, err error) {
+// left is the time to the deadline.
+func (r *Report) left() time.Duration { return (r.Budget - r.Took).Round(time.Millisecond) }
+
+// logAttrs describes an operation in a log line.
+func (op Operation) logAttrs() []slog.Attr {
+	var attrs []slog.Attr
+	if op.Outcome != "" {
+		attrs = append(attrs, slog.String("outcome", string(op.Outcome)))
+	}
+	attrs = append(attrs, slog.String("state", string(op.State)), slog.Duration("held", op.Held.Round(time.Millisecond)))
+	if op.State != StateHold { // which has no connection
+		attrs = append(attrs, slog.Uint64("pid", uint64(op.PID)))
+	}
+	if op.Statement != "" {
+		attrs = append(attrs, slog.String("statement", op.Statement))
+	}
+	if op.BatchSize > 0 {
+		attrs = append(attrs, slog.Int("batch_size", op.BatchSize))
+	}
+	return attrs
+}
+
+func logResult(ctx context.Context, log *slog.Logger, r *Report, err error) {
 	for _, op := range r.Remaining() {
-		log.Warn("pgxdrain: not drained",
-			"outcome", op.Outcome, "state", op.State, "held", op.Held.Round(time.Millisecond), "pid", op.PID, "statement", op.Statement)
+		level := slog.LevelWarn
+		if op.Outcome == OutcomeUnknown || op.Outcome == OutcomeLeaked { // somebody has to look into it
+			level = slog.LevelError
+		}
+		log.LogAttrs(ctx, level, "pgxdrain: not drained", op.logAttrs()...)
 	}
-	took := r.Took.Round(time.Millisecond)
+	level, message := slog.LevelInfo, "pgxdrain: drained and closed"
 	if err != nil {
-		log.Error("pgxdrain: not drained and closed in time",
-			"took", took, "drained", r.Drained, "cancelled", r.Cancelled, "severed", r.Severed, "unknown", r.Unknown,
-			"leaked", r.Leaked, "refused", r.Refused, "closed", r.closed)
-		return
+		level, message = slog.LevelError, "pgxdrain: not drained and closed in time"
 	}
-	log.Info("pgxdrain: drained and closed", "took", took, "drained", r.Drained, "refused", r.Refused)
+	log.Log(ctx, level, message, "took", r.Took.Round(time.Millisecond),
+		"drained", r.Drained, "cancelled", r.Cancelled, "severed", r.Severed, "unknown", r.Unknown, "leaked", r.Leaked,
+		"refused", r.Refused, "closed", r.closed)
 }

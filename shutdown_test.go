@@ -626,9 +626,9 @@ func TestShutdownLogsItsProgressAndNothingBefore(t *testing.T) {
 	conn.Release()
 	got := log.String()
 	for _, want := range []string{
-		`level=INFO msg="pgxdrain: draining, new work is refused" pool=orders active=1 waiting=0 left=1.`,
+		`level=INFO msg="pgxdrain: draining, new work is refused" pool=orders step=refuse remaining=1 waiting=0 connections=1 left=1.`,
 		`level=INFO msg="pgxdrain: still draining" pool=orders remaining=1 left=`,
-		`level=WARN msg="pgxdrain: not drained" pool=orders outcome=leaked state=idle held=`,
+		`level=ERROR msg="pgxdrain: not drained" pool=orders outcome=leaked state=idle held=`,
 		`statement="select ?"`,
 		`level=ERROR msg="pgxdrain: not drained and closed in time" pool=orders took=`,
 	} {

@@ -45,6 +45,7 @@ type Operation struct {
 	// Statement is the text of the statement in progress, or else of the last one, as [WithQueryText] allows it to be
 	// shown; empty if none has run since the connection was acquired. Of a batch it is the first of its statements.
 	Statement string
+	summary   string // of the same statement
 	// BatchSize is the number of statements if Statement was sent as a batch, else 0.
 	BatchSize int
 
@@ -187,6 +188,25 @@ func (t *tracer) after(user pgx.QueryTracer) pgx.QueryTracer {
 	return composed{multitracer.New(user, t), user}
 }
 
+// acquirerKey is the key, in the context of an acquisition, of the span that was current when it began.
+type acquirerKey struct{}
+
+// TraceAcquireStart notes the current span, in whose place the user's tracer may put one of its own for the acquisition.
+func (c composed) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, data pgxpool.TraceAcquireStartData) context.Context {
+	if _, ok := c.user.(pgxpool.AcquireTracer); ok {
+		ctx = context.WithValue(ctx, acquirerKey{}, trace.SpanFromContext(ctx))
+	}
+	return c.Tracer.TraceAcquireStart(ctx, pool, data)
+}
+
+// acquirer is the span that was current when the acquisition of ctx began.
+func acquirer(ctx context.Context) trace.SpanContext {
+	if span, ok := ctx.Value(acquirerKey{}).(trace.Span); ok {
+		return span.SpanContext()
+	}
+	return trace.SpanContextFromContext(ctx)
+}
+
 // withoutOurs takes a pool's tracer out of a config that was obtained from the raw pool or from one of its connections.
 func withoutOurs(qt pgx.QueryTracer) pgx.QueryTracer {
 	switch qt := qt.(type) {
@@ -296,7 +316,7 @@ func (t *tracer) TraceRelease(_ *pgxpool.Pool, data pgxpool.TraceReleaseData) {
 }
 
 func (t *tracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
-	t.statementStarts(conn, statement{kind: query, sql: data.SQL})
+	t.statementStarts(conn, statement{kind: query, parameterised: hasArguments(data.Args), sql: data.SQL})
 	return ctx
 }
 
@@ -308,7 +328,9 @@ func (t *tracer) TraceBatchStart(ctx context.Context, conn *pgx.Conn, data pgx.T
 	// Only the first text is kept, by value: pgx rewrites the queued queries while others may be looking. An empty batch
 	// has no hook.
 	first := data.Batch.QueuedQueries[0]
-	t.statementStarts(conn, statement{kind: batch, sql: first.SQL, batchSize: data.Batch.Len()})
+	t.statementStarts(conn, statement{
+		kind: batch, parameterised: hasArguments(first.Arguments), sql: first.SQL, batchSize: data.Batch.Len(),
+	})
 	return ctx
 }
 
@@ -641,10 +663,11 @@ type lease struct {
 
 // statement is what a hook told of a statement.
 type statement struct {
-	kind      statementKind
-	sql       string
-	table     [2]string // of a COPY: schema and table
-	batchSize int
+	kind          statementKind
+	parameterised bool // it was executed with arguments
+	sql           string
+	table         [2]string // of a COPY: schema and table
+	batchSize     int
 }
 
 // statementKind says by which of pgx's hooks a statement began, and so by which it ends.
@@ -823,7 +846,7 @@ func (r *record) attach(f *followed) bool {
 }
 
 // operation describes the current lease, or returns false if there is none.
-func (r *record) operation(text func(string) string) (Operation, bool) {
+func (r *record) operation(text queryTextFunc) (Operation, bool) {
 	l := r.lease()
 	if !l.leased {
 		return Operation{}, false
@@ -887,7 +910,7 @@ func (l *lease) outcome() Outcome {
 	}
 }
 
-func (l *lease) operation(pid uint32, text func(string) string) Operation {
+func (l *lease) operation(pid uint32, text queryTextFunc) Operation {
 	wall, clock := time.Now(), now()
 	at := func(d time.Duration) time.Time {
 		if d == 0 {
@@ -895,15 +918,17 @@ func (l *lease) operation(pid uint32, text func(string) string) Operation {
 		}
 		return wall.Add(d - clock)
 	}
+	shown := text(l.text(), l.parameterised)
 	op := Operation{
 		PID:            pid,
 		State:          l.state(),
-		Statement:      text(l.text()),
+		Statement:      shown.text,
+		summary:        shown.summary,
 		BatchSize:      l.batchSize,
 		AcquiredAt:     at(l.at),
 		StatementStart: at(l.statementStart),
 		Held:           clock - l.at,
-		SpanContext:    trace.SpanContextFromContext(l.ctx),
+		SpanContext:    acquirer(l.ctx),
 	}
 	if l.tx != 'I' {
 		op.TransactionStart = at(l.transactionStart)
