@@ -1,4 +1,7 @@
 package pgxdrain
 
-// VisibleText is what mode shows of a statement's text.
+// VisibleText is what mode shows of the text of a statement that was executed without arguments.
 func VisibleText(mode QueryText, sql string) string { return mode.of(sql, false).text }
+
+// Summary is what spans show of a text in two words.
+func Summary(sql string) string { return QueryTextSanitized.of(sql, false).summary }

@@ -3,7 +3,6 @@ package pgxdrain_test
 import (
 	"context"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -16,15 +15,22 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/pgxdrain/pgxdrain"
+	"github.com/pgxdrain/pgxdrain/internal/pgtest"
 )
 
 // newTracedPool returns a pool whose spans the exporter has as soon as they have ended.
 func newTracedPool(t testing.TB, params string, opts ...pgxdrain.Option) (*pgxdrain.Pool, *tracetest.InMemoryExporter, trace.Tracer) {
 	t.Helper()
+	return newTracedPoolOn(t, withParams(pgtest.Database(t), params), opts...)
+}
+
+func newTracedPoolOn(t testing.TB, dsn string, opts ...pgxdrain.Option) (*pgxdrain.Pool, *tracetest.InMemoryExporter, trace.Tracer) {
+	t.Helper()
 	exporter := tracetest.NewInMemoryExporter()
 	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(exporter))
 	t.Cleanup(func() { provider.Shutdown(context.Background()) })
-	pool := newPool(t, params, append(opts, pgxdrain.WithTracerProvider(provider))...)
+	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(dsn))
+	pool := newPoolWithConfig(t, config, append(opts, pgxdrain.WithTracerProvider(provider))...)
 	return pool, exporter, provider.Tracer("test")
 }
 
@@ -159,39 +165,6 @@ func TestNothingIsTracedInNormalRunning(t *testing.T) {
 	pool.Report()
 	if spans := exporter.GetSpans(); len(spans) != 0 {
 		t.Errorf("got %d spans", len(spans))
-	}
-}
-
-func TestQueryTextShowsWhatItsModeAllows(t *testing.T) {
-	t.Parallel()
-	const s = "hunter2"
-	long := "select " + strings.Repeat("a_column, ", 200) + "ü"
-	for _, c := range []struct{ sql, sanitized, summary string }{
-		{"select 1", "select ?", "SELECT"},
-		{"select * from users where name = '" + s + "' -- " + s, "select * from users where name = ?", "SELECT users"},
-		{"/* " + s + " */ insert into t (a) values ($1)", "insert into t ( a ) values ( $1 )", "INSERT t"},
-		{"select $$" + s + "$$, $x$ " + s + " $x$", "select ?, ?", "SELECT"},
-		{"alter role me password '" + s + "'", "alter role me password ?", "ALTER"},
-		// PostgreSQL takes these apart other than the lexer does, so nothing of them is shown.
-		{`select 'C:\', '` + s + `', 'D:\'`, "?", "?"},
-		{`select E'it\'s', '` + s + "'", "?", "?"},
-		{"/* /* nested */ " + s + " */ select 1", "?", "?"},
-	} {
-		for mode, want := range map[pgxdrain.QueryText]string{
-			pgxdrain.QueryTextSanitized: c.sanitized,
-			pgxdrain.QueryTextSummary:   c.summary,
-			pgxdrain.QueryTextRaw:       c.sql,
-			pgxdrain.QueryTextNone:      "",
-		} {
-			if got := pgxdrain.VisibleText(mode, c.sql); got != want {
-				t.Errorf("mode %d of %q: got %q, want %q", mode, c.sql, got, want)
-			}
-		}
-	}
-	for _, mode := range []pgxdrain.QueryText{pgxdrain.QueryTextSanitized, pgxdrain.QueryTextRaw} {
-		if got := pgxdrain.VisibleText(mode, long); len(got) > 1024 || !strings.HasSuffix(got, "…") || !strings.HasPrefix(got, "select a_column, ") {
-			t.Errorf("mode %d: a long text was cut to %d bytes: %q", mode, len(got), got)
-		}
 	}
 }
 

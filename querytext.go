@@ -36,6 +36,12 @@ const (
 	// maxQuerySummary is the longest summary that the semantic conventions allow.
 	maxQuerySummary = 255
 
+	// maxPlainText is how much of a text without its literals is taken apart: the rest of a long one, with all its rows, is not
+	// shown anyway.
+	maxPlainText = 4 * maxQueryText
+
+	ellipsis = "…"
+
 	// uncertain is shown of a text that cannot be taken apart with certainty.
 	uncertain = "?"
 )
@@ -110,7 +116,6 @@ func hasArguments(args []any) bool {
 
 // cut shortens text to at most limit bytes.
 func cut(text string, limit int) string {
-	const ellipsis = "…"
 	if len(text) <= limit {
 		return text
 	}
@@ -130,20 +135,20 @@ var (
 		sqllexer.WithKeepIdentifierQuotation(true),
 	)
 	postgres = sqllexer.WithDBMS(sqllexer.DBMSPostgres)
-
-	// What is left where the lexer has taken a text apart other than PostgreSQL would: it takes a backslash in any string
-	// for an escape, ends a nested comment at its first "*/", and lets an unclosed quote be.
-	residue = regexp.MustCompile(`['\\]|/\s*\*|\*\s*/|\$(\D|$)`)
 )
 
 // sanitize returns the text of a statement without literals and comments, and a summary of it: the command and its tables.
 func sanitize(sql string) (text, summary string) {
-	if strings.Contains(sql, `\`) {
+	plain, rest, ok := withoutLiterals(sql)
+	if !ok {
 		return uncertain, uncertain
 	}
-	text, meta, err := sqllexer.ObfuscateAndNormalize(sql, obfuscator, normalizer, postgres)
-	if err != nil || residue.MatchString(text) {
+	text, meta, err := sqllexer.ObfuscateAndNormalize(plain, obfuscator, normalizer, postgres)
+	if err != nil {
 		return uncertain, uncertain
+	}
+	if rest {
+		text += ellipsis
 	}
 	command, _ := firstWords(text)
 	summary = strings.ToUpper(command)
@@ -151,6 +156,106 @@ func sanitize(sql string) (text, summary string) {
 		summary = strings.Join(append([]string{summary}, meta.Tables...), " ")
 	}
 	return text, summary
+}
+
+// What PostgreSQL's scan.l takes for an identifier, and for the tag of a dollar quote at the beginning of a text. Bytes above
+// ASCII are letters to it.
+var (
+	identifier  = regexp.MustCompile(`^(?:[A-Za-z_]|[^\x00-\x7f])(?:[A-Za-z0-9_$]|[^\x00-\x7f])*`)
+	dollarQuote = regexp.MustCompile(`^\$(?:(?:[A-Za-z_]|[^\x00-\x7f])(?:[A-Za-z0-9_]|[^\x00-\x7f])*)?\$`)
+	parameter   = regexp.MustCompile(`^\$[0-9]+`)
+	number      = regexp.MustCompile(`^\.?[0-9](?:[Ee][-+][0-9]|[0-9A-Za-z_.])*`) // or more: it is not to be shown
+)
+
+// withoutLiterals returns sql with a space in the place of each comment, an empty string in that of each string and 0 in that of each
+// number, up to maxPlainText, and whether there is more. It is not ok if it is not certain where one of them ends. go-sqllexer alone does not do: it is of no use for a secret that it is made for
+// many databases and takes a text apart other than PostgreSQL does (t."it's", a comment after an operator, a/1, nested comments).
+func withoutLiterals(sql string) (plain string, rest, ok bool) {
+	var b strings.Builder
+	word := "" // the identifier right before
+	for sql != "" && b.Len() < maxPlainText {
+		before := word
+		word = ""
+		length, ok := 1, true
+		switch {
+		case strings.HasPrefix(sql, "--"):
+			if length = strings.IndexAny(sql, "\n\r"); length < 0 {
+				length = len(sql)
+			}
+			b.WriteByte(' ')
+		case strings.HasPrefix(sql, "/*"):
+			length, ok = commentLength(sql)
+			b.WriteByte(' ')
+		case sql[0] == '\'':
+			length, ok = stringLength(sql, strings.EqualFold(before, "e"))
+			b.WriteString("''")
+		case sql[0] == '"':
+			end := strings.IndexByte(sql[1:], '"')
+			length, ok = end+2, end >= 0
+			b.WriteString(sql[:length])
+		case sql[0] == '$':
+			if p := parameter.FindString(sql); p != "" {
+				length = len(p)
+				b.WriteString(p)
+				break
+			}
+			tag := dollarQuote.FindString(sql)
+			end := strings.Index(sql[len(tag):], tag)
+			length, ok = end+2*len(tag), tag != "" && end >= 0
+			b.WriteString("''")
+		case number.MatchString(sql[:min(2, len(sql))]):
+			length = len(number.FindString(sql))
+			b.WriteString(" 0") // apart: to go-sqllexer a/1 is an identifier
+		case identifier.MatchString(sql[:1]):
+			word = identifier.FindString(sql)
+			length = len(word)
+			b.WriteString(word)
+		default:
+			b.WriteByte(sql[0])
+		}
+		if !ok {
+			return "", false, false
+		}
+		sql = sql[length:]
+	}
+	return b.String(), sql != "", true
+}
+
+// commentLength is the length of the comment at the beginning of sql, which may have others in it.
+func commentLength(sql string) (_ int, ok bool) {
+	depth := 0
+	for i := 0; i+1 < len(sql); i++ {
+		switch sql[i : i+2] {
+		case "/*":
+			depth++
+			i++
+		case "*/":
+			depth--
+			i++
+		}
+		if depth == 0 {
+			return i + 1, true
+		}
+	}
+	return 0, false
+}
+
+// stringLength is the length of the string at the beginning of sql. Of one that is not an escape string (E) it depends on the
+// session's standard_conforming_strings what a backslash means; it is not ok then.
+func stringLength(sql string, escapes bool) (_ int, ok bool) {
+	for i := 1; i < len(sql); i++ {
+		switch {
+		case sql[i] == '\\' && !escapes:
+			return 0, false
+		case sql[i] == '\\':
+			i++
+		case strings.HasPrefix(sql[i:], "''"):
+			i++
+		case sql[i] == '\'':
+			return i + 1, true
+		}
+	}
+	return 0, false
 }
 
 // firstWords returns the first two words of a statement, in lower case, past white space and comments.
