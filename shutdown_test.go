@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"regexp"
@@ -608,6 +610,87 @@ func (l *lines) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.buf.String()
+}
+
+// A line of the log in JSON, which has the time and the order of an object's keys aside what the handler was given.
+type logLine map[string]any
+
+// keys are the line's, in order, without those that every line has.
+func (l logLine) keys() string {
+	delete(l, "time")
+	delete(l, "pool")
+	delete(l, "level")
+	delete(l, "msg")
+	return strings.Join(slices.Sorted(maps.Keys(l)), " ")
+}
+
+func TestEveryLogLineHasItsLevelAndItsKeys(t *testing.T) {
+	t.Parallel()
+	var log lines
+	pool := newPool(t, "pool_max_conns=5&pool_name=orders&pool_drain_timeout=6s&pool_cancel_grace=4s",
+		pgxdrain.WithLogger(slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))))
+	ctx := testContext(t)
+	leaked := acquire(t, pool)
+	var done sync.WaitGroup
+	done.Go(func() { pool.Exec(ctx, "select pg_sleep(600)") }) // cancelled
+	done.Go(func() {
+		b := &pgx.Batch{}
+		b.Queue("select pg_sleep(600)")
+		b.Queue("select 2")
+		pool.SendBatch(ctx, b).Close()
+	})
+	eventually(t, "both run", func() bool {
+		n := 0
+		for _, op := range pool.Active() {
+			if op.State == pgxdrain.StateActive {
+				n++
+			}
+		}
+		return n == 2
+	})
+	if log.String() != "" {
+		t.Errorf("logged in normal running: %s", log.String())
+	}
+	err := pool.Shutdown(context.Background())
+	leaked.Release()
+	done.Wait()
+	wantShutdownError(t, err)
+
+	const step = "connections left remaining step waiting"
+	const result = "cancelled closed drained leaked refused severed took unknown"
+	want := []string{
+		"INFO pgxdrain: shutting down, no longer ready: " + step,
+		"INFO pgxdrain: draining, new work is refused: " + step,
+		"INFO pgxdrain: still draining: left oldest remaining",
+		"WARN pgxdrain: ending what is left: cancelling: " + step,
+		"WARN pgxdrain: severing what is left: " + step,
+		"INFO pgxdrain: closing the pool: " + step,
+		"ERROR pgxdrain: not drained: held outcome pid state",
+		"WARN pgxdrain: not drained: held outcome pid state statement",
+		"WARN pgxdrain: not drained: batch_size held outcome pid state statement",
+		"ERROR pgxdrain: not drained and closed in time: " + result,
+	}
+	var got []string
+	for text := range strings.Lines(log.String()) {
+		var line logLine
+		if err := json.Unmarshal([]byte(text), &line); err != nil {
+			t.Fatal(err)
+		}
+		if line["pool"] != "orders" {
+			t.Errorf("no pool in %s", text)
+		}
+		is := fmt.Sprintf("%s %s: ", line["level"], line["msg"])
+		if oldest, ok := line["oldest"].(map[string]any); ok && (len(oldest) != 3 || oldest["1"].(map[string]any)["state"] != "idle") {
+			t.Errorf("the oldest are %v", oldest)
+		}
+		got = append(got, is+line.keys())
+	}
+	got = slices.Compact(got) // of a slow machine, which has more of the lines of every second
+	slices.Sort(got[6:])      // the two that began at the same time may come in any order
+	slices.Sort(want[6:])
+	if !slices.Equal(got, want) {
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
 }
 
 func TestShutdownLogsItsProgressAndNothingBefore(t *testing.T) {
