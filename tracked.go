@@ -799,8 +799,10 @@ func (r *record) lease() lease {
 func (r *record) leaseNumber() (number uint32, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	ok = r.watch()
-	return r.current.number, ok
+	if !r.watch() {
+		return 0, false
+	}
+	return r.current.number, true
 }
 
 // hijacked ends the lease of that number because its connection is not the pool's any more, or reports false if it has
