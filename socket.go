@@ -28,7 +28,10 @@ type socket struct {
 }
 
 // attempt is the making of one connection, perhaps by several dials.
-type attempt struct{ succeeded, severed atomic.Bool }
+type attempt struct {
+	succeeded atomic.Bool
+	cut       atomic.Bool // it was severed under a statement: pgconn is to send no cancel request for it
+}
 
 // errSevered is what the user of a connection gets whose socket was closed under it.
 //
@@ -53,9 +56,10 @@ func (t *tracer) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 	a := &attempt{}
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		if a.succeeded.Load() {
-			// A cancel request: ours, or one that pgconn makes when it gives a connection up. After the socket was severed
-			// that would only go out, perhaps into a dead network, to ask for what we have asked already.
-			if a.severed.Load() {
+			// A cancel request: ours, or one that pgconn makes when it gives a connection up. For a statement under which we
+			// have severed the connection we have asked already, or have not because it is a COMMIT. For one that its caller
+			// had given up before, nobody else asks.
+			if a.cut.Load() {
 				return nil, errSevered
 			}
 			return dial(ctx, network, addr)
@@ -188,7 +192,6 @@ func (s *socket) NetConn() net.Conn { return s.Conn }
 // sever closes the connection, or gives up making it. Who reads or writes is freed now; while a cancel request of the connection is
 // under way, the close waits for it.
 func (s *socket) sever() {
-	s.attempt.severed.Store(true)
 	s.severed.Store(true)
 	s.stop()
 	s.tracer.mu.Lock()

@@ -1062,6 +1062,7 @@ func (r *record) sever(onlyIdle bool) {
 	if r.socket != nil {
 		// Before the lock is given back: the owner's next statement must find the socket severed, or it might be sent
 		// although it is taken to have been idle.
+		r.socket.attempt.cut.Store(l.running)
 		r.socket.severed.Store(true)
 	}
 	r.mu.Unlock()
