@@ -17,7 +17,6 @@ import (
 
 	"github.com/pgxdrain/pgxdrain"
 	"github.com/pgxdrain/pgxdrain/examples/internal/database"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 )
 
 func main() {
@@ -41,10 +40,14 @@ func run(longest time.Duration) (err error) {
 	}
 	defer func() { err = errors.Join(err, stopServer()) }()
 
-	telemetry := sdktrace.NewTracerProvider(sdktrace.WithBatcher(&spanTree{out: os.Stdout}))
+	telemetry, err := newTelemetry(ctx, os.Stdout)
+	if err != nil {
+		return err
+	}
 	pool, err := pgxdrain.New(ctx, database.WithKey(dsn, fmt.Sprintf("pool_max_conns=%d", conns)),
 		pgxdrain.WithLogger(log),
-		pgxdrain.WithTracerProvider(telemetry),
+		pgxdrain.WithTracerProvider(telemetry.traces),
+		pgxdrain.WithMeterProvider(telemetry.meters),
 		pgxdrain.WithInitialWait(500*time.Millisecond), // behind a load balancer: as long as it takes to notice
 		pgxdrain.WithDrainTimeout(10*time.Second),      // the whole budget; less than what is left until SIGKILL
 	)
@@ -74,7 +77,7 @@ func run(longest time.Duration) (err error) {
 	// others may be done by now.
 	flush, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	return errors.Join(err, telemetry.Shutdown(flush))
+	return errors.Join(err, telemetry.shutdown(flush))
 }
 
 // reach returns an error if the database cannot be reached in time.
