@@ -2,7 +2,9 @@ package pgxdrain_test
 
 import (
 	"context"
+	"encoding/json"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -505,5 +507,88 @@ func TestTelemetryThatHangsDoesNotHoldUpTheReturn(t *testing.T) {
 				t.Error("no metric tells of it")
 			}
 		})
+	}
+}
+
+// What is told of a shutdown that did all it can do is in the tables of docs/telemetry.md, under just these names.
+func TestEverythingThatIsToldIsDocumented(t *testing.T) {
+	t.Parallel()
+	doc := string(must[[]byte](t)(os.ReadFile("docs/telemetry.md")))
+	var log lines
+	reader := sdkmetric.NewManualReader()
+	pool, exporter, _ := newTracedPool(t, "pool_max_conns=4&pool_drain_timeout=4s&pool_leak_threshold=1ms", pgxdrain.WithOperationSpans(4),
+		pgxdrain.WithMeterProvider(sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader))),
+		pgxdrain.WithLogger(slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))))
+	ctx := testContext(t)
+	b := &pgx.Batch{}
+	b.Queue("select 1")
+	b.Queue("select 2")
+	drains, leaks := acquire(t, pool), acquire(t, pool)
+	if err := leaks.SendBatch(ctx, b).Close(); err != nil {
+		t.Fatal(err)
+	}
+	tx := must[pgx.Tx](t)(pool.Begin(ctx))
+	_, release, err := pool.Hold(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	go pool.Exec(ctx, "select pg_sleep(600)")
+	eventually(t, "all is there", func() bool { return len(pool.Active()) == 5 })
+	eventually(t, "connections are suspected", func() bool { return strings.Count(log.String(), "leak threshold") >= 2 })
+	var open metricdata.ResourceMetrics
+	if err := reader.Collect(ctx, &open); err != nil {
+		t.Fatal(err)
+	}
+	result := startShutdown(t, context.Background(), pool)
+	drains.Release()
+	wantShutdownError(t, <-result)
+	leaks.Release()
+	tx.Rollback(ctx)
+
+	told := map[string]bool{}
+	for _, s := range exporter.GetSpans() {
+		told[s.Name] = true
+		for _, kv := range s.Attributes {
+			told[string(kv.Key)] = true
+		}
+		for _, e := range s.Events {
+			told[e.Name] = true
+			for _, kv := range e.Attributes {
+				told[string(kv.Key)] = true
+			}
+		}
+	}
+	var closed metricdata.ResourceMetrics
+	if err := reader.Collect(ctx, &closed); err != nil {
+		t.Fatal(err)
+	}
+	for _, scope := range append(open.ScopeMetrics, closed.ScopeMetrics...) {
+		for _, m := range scope.Metrics {
+			told[m.Name] = true
+		}
+	}
+	for text := range strings.Lines(log.String()) {
+		var line logLine
+		if err := json.Unmarshal([]byte(text), &line); err != nil {
+			t.Fatal(err)
+		}
+		message := strings.TrimPrefix(line["msg"].(string), "pgxdrain: ")
+		if !strings.Contains(doc, "| "+message+" |") && !strings.Contains(doc, "| "+message+", ") {
+			t.Errorf("the message %q is not documented", message)
+		}
+		for key := range strings.FieldsSeq(line.keys()) {
+			if key != "oldest" { // a group
+				told[key] = true
+			}
+		}
+	}
+	for name := range told {
+		if !strings.Contains(doc, "`"+name+"`") {
+			t.Errorf("%s is not documented", name)
+		}
+	}
+	if len(told) < 60 {
+		t.Errorf("only %d names: %v", len(told), told)
 	}
 }

@@ -205,7 +205,10 @@ func withoutLiterals(sql string) (plain string, rest, ok bool) {
 			b.WriteString("''")
 		case number.MatchString(sql[:min(2, len(sql))]):
 			length = len(number.FindString(sql))
-			b.WriteString(" 0") // apart: to go-sqllexer a/1 is an identifier
+			if b.Len() > 0 && strings.IndexByte("/@#!?", b.String()[b.Len()-1]) >= 0 {
+				b.WriteByte(' ') // to go-sqllexer a/1 is an identifier
+			}
+			b.WriteByte('0')
 		case identifier.MatchString(sql[:1]):
 			word = identifier.FindString(sql)
 			length = len(word)

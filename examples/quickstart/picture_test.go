@@ -62,9 +62,9 @@ func picture(root *tracepb.Span, spans []*tracepb.Span) []byte {
 		if state := attribute(span, "pgxdrain.state").GetStringValue(); state != "" {
 			label += ", " + state
 		}
-		indent := 12
-		if span != root {
-			indent = 28
+		indent := 28
+		if span == root {
+			indent, label = 12, attribute(span, "error.type").GetStringValue()
 		}
 		fmt.Fprintf(&b, `<text x="%d" y="%d" fill="#1f2933">%s</text>`, indent, y+16, span.Name)
 		fmt.Fprintf(&b, `<rect x="%.1f" y="%d" width="%.1f" height="16" rx="3" fill="%s"/>`, from, y+4, max(2, to-from), colors[outcome])
