@@ -36,6 +36,7 @@ func TestQueryTextShowsWhatItsModeAllows(t *testing.T) {
 		{"alter role me password '" + s + "'", "alter role me password ?", "ALTER"},
 		{`select E'it\'s', '` + s + "'", "select E ?, ?", "SELECT"},
 		{"/* /* nested */ " + s + " */ select 1", "select ?", "SELECT"},
+		{"select 1 -- \r, '\n" + s + "'", "select ?, ?", "SELECT"}, // a carriage return ends a comment
 		// What is in it depends on standard_conforming_strings, or cannot be told.
 		{`select 'C:\', '` + s + `', 'D:\'`, "?", "?"},
 		{"select '" + s, "?", "?"},

@@ -639,20 +639,22 @@ func TestEveryLogLineHasItsLevelAndItsKeys(t *testing.T) {
 		b.Queue("select 2")
 		pool.SendBatch(ctx, b).Close()
 	})
-	eventually(t, "both run", func() bool {
+	rows := must[pgx.Rows](t)(pool.Query(ctx, "select generate_series(1, 1000000)")) // unknown: nobody reads them
+	eventually(t, "all run", func() bool {
 		n := 0
 		for _, op := range pool.Active() {
 			if op.State == pgxdrain.StateActive {
 				n++
 			}
 		}
-		return n == 2
+		return n == 3
 	})
 	if log.String() != "" {
 		t.Errorf("logged in normal running: %s", log.String())
 	}
 	err := pool.Shutdown(context.Background())
 	leaked.Release()
+	rows.Close()
 	done.Wait()
 	wantShutdownError(t, err)
 
@@ -666,6 +668,7 @@ func TestEveryLogLineHasItsLevelAndItsKeys(t *testing.T) {
 		"WARN pgxdrain: severing what is left: " + step,
 		"INFO pgxdrain: closing the pool: " + step,
 		"ERROR pgxdrain: not drained: held outcome pid state",
+		"ERROR pgxdrain: not drained: held outcome pid state statement",
 		"WARN pgxdrain: not drained: held outcome pid state statement",
 		"WARN pgxdrain: not drained: batch_size held outcome pid state statement",
 		"ERROR pgxdrain: not drained and closed in time: " + result,
