@@ -111,7 +111,7 @@ func TestRecordOfEachKindOfOperationIsWhatPgStatActivityShows(t *testing.T) {
 				go pool.Exec(ctx, "select pg_sleep($1)", 60)
 				return nil
 			},
-			state: pgxdrain.StateActive, statement: "select pg_sleep ( $1 )",
+			state: pgxdrain.StateActive, statement: "select pg_sleep($1)",
 		}, {
 			name: "statement in a transaction",
 			start: func(t *testing.T, ctx context.Context, pool *pgxdrain.Pool) func() {
