@@ -74,10 +74,10 @@ func Start(t testing.TB, program string, env []string, args ...string) *Process 
 	return p
 }
 
-// Signal sends the process a signal.
+// Signal sends the process a signal, unless it has ended.
 func (p *Process) Signal(s os.Signal) {
 	p.t.Helper()
-	if err := p.cmd.Process.Signal(s); err != nil {
+	if err := p.cmd.Process.Signal(s); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		p.t.Fatalf("signal %v: %v\n%s", s, err, p.Stderr.String())
 	}
 }
@@ -103,14 +103,20 @@ func (p *Process) WaitFor(text string) {
 // Done is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Exits waits for the end and checks the exit code.
-func (p *Process) Exits(code int) {
+// ExitCode waits for the end and returns the exit code, which is -1 if the process was killed.
+func (p *Process) ExitCode() int {
 	p.t.Helper()
 	<-p.done
 	if exit := new(exec.ExitError); p.err != nil && !errors.As(p.err, &exit) {
 		p.t.Fatal(p.err)
 	}
-	if got := p.cmd.ProcessState.ExitCode(); got != code {
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// Exits waits for the end and checks the exit code.
+func (p *Process) Exits(code int) {
+	p.t.Helper()
+	if got := p.ExitCode(); got != code {
 		p.t.Fatalf("exit code %d (%v), want %d:\n%s%s", got, p.cmd.ProcessState, code, p.Stderr.String(), p.Stdout.String())
 	}
 }
