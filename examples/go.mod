@@ -3,6 +3,7 @@ module github.com/pgxdrain/pgxdrain/examples
 go 1.26.0
 
 require (
+	github.com/coreos/go-systemd/v22 v22.7.0
 	github.com/jackc/pgx/v5 v5.12.0
 	github.com/pgxdrain/pgxdrain v0.0.0
 	github.com/riverqueue/river v0.51.1
