@@ -31,6 +31,7 @@ func TestPM2(t *testing.T) {
 		c := newClient(t)
 		gate := newGate(t, c.dsn)
 		pm2 := newPM2(t, program, "DATABASE_URL="+gate.dsn, "PORT="+c.port)
+		pm2.configure("listen_timeout: 20000", "listen_timeout: 300000") // longer than this test waits
 		started := pm2.begin("start", "ecosystem.config.js")
 		<-gate.reached
 		select {
@@ -91,6 +92,26 @@ func TestPM2(t *testing.T) {
 		if log := pm2.log(); strings.Contains(log, "msg=ready") {
 			t.Errorf("it has become ready:\n%s", log)
 		}
+	})
+
+	t.Run("a second stop ends the requests in flight, with exit code 1", func(t *testing.T) {
+		t.Parallel()
+		c := newClient(t)
+		pm2 := newPM2(t, program, c.env()...)
+		pm2.configure("SHUTDOWN_TIMEOUT: '20s'", "SHUTDOWN_TIMEOUT: '60s'")
+		pm2.configure("kill_timeout: 30000", "kill_timeout: 90000")
+		pm2.run("start", "ecosystem.config.js")
+		inFlight := c.slow(2, "/api/data?ms=300000")
+		from := time.Now()
+		first := pm2.begin("stop", "processmanager")
+		waitUntil(t, "it drains", func() bool { return strings.Contains(pm2.log(), "new work is refused") })
+		pm2.run("stop", "processmanager")
+		<-first
+		if took := time.Since(from); took > 30*time.Second { // the budget is a minute
+			t.Errorf("took %v", took)
+		}
+		c.answered(inFlight, http.StatusServiceUnavailable)
+		pm2.hasStopped(1)
 	})
 
 	t.Run("requests in flight past the budget are ended before kill_timeout, with exit code 1", func(t *testing.T) {
