@@ -37,15 +37,18 @@ func (w *invoicing) Work(ctx context.Context, job *river.Job[invoiceArgs]) error
 	case "stuck":
 		select {}
 	}
-	const reads = 3
-	pause := (job.Args.Takes / (reads + 1)).Seconds()
+	const reads, read = 3, "SELECT pg_sleep($1)"
+	takes := (job.Args.Takes / (reads + 1)).Seconds()
 	for range reads {
-		if _, err := w.pool.Exec(ctx, "SELECT pg_sleep($1)", pause); err != nil {
+		if _, err := w.pool.Exec(ctx, read, takes); err != nil {
 			return err
 		}
 	}
 	return pgx.BeginFunc(ctx, w.pool, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, "INSERT INTO invoice SELECT $1 FROM pg_sleep($2)", job.ID, pause); err != nil {
+		if _, err := tx.Exec(ctx, "INSERT INTO invoice VALUES ($1)", job.ID); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, read, takes); err != nil {
 			return err
 		}
 		_, err := river.JobCompleteTx[*riverpgxv5.Driver](ctx, tx, job)
