@@ -49,8 +49,7 @@ func run(log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	ctx, stop := manager.asksToStop()
-	defer stop()
+	ctx := manager.asksToStop()
 	log.Info("starting")
 	failed := make(chan error, 1)
 	fail := func(err error) { // ends the service as a signal does, and makes its exit code 1
@@ -97,8 +96,7 @@ func run(log *slog.Logger) (err error) {
 		log.Error("fatal error", "err", err)
 	}
 	deadline := time.Now().Add(timeout)
-	again, stopAgain := manager.asksToStop()
-	defer stopAgain()
+	again := manager.asksToStop()
 	stopTelling := manager.stopping(pool, deadline)
 	defer stopTelling()
 

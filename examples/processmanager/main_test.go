@@ -80,6 +80,22 @@ func TestService(t *testing.T) {
 		s.leftForced()
 	})
 
+	t.Run("signals that come until the last moment leave it its exit code", func(t *testing.T) {
+		t.Parallel()
+		w := launch(t, program)
+		for ended := false; !ended; {
+			w.Signal(syscall.SIGTERM)
+			select {
+			case <-w.Done():
+				ended = true
+			case <-time.After(time.Millisecond):
+			}
+		}
+		if code := w.ExitCode(); code != 0 && code != 1 {
+			t.Errorf("exit code %d:\n%s", code, w.Stderr.String())
+		}
+	})
+
 	t.Run("a panic ends it through the same door, with the other requests finished, and exits 1", func(t *testing.T) {
 		t.Parallel()
 		s := launch(t, program)

@@ -72,9 +72,10 @@ func (m *manager) listen() {
 }
 
 // asksToStop returns a context that is done when a signal, or a message of PM2's, asks the process to stop: one that no earlier
-// context has taken.
-func (m *manager) asksToStop() (context.Context, context.CancelFunc) {
-	signalled, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+// context has taken. It is never undone: a signal that comes in the last moment must not end the process before its exit code
+// does.
+func (m *manager) asksToStop() context.Context {
+	signalled, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	ctx, cancel := context.WithCancelCause(signalled)
 	go func() {
 		select {
@@ -83,10 +84,7 @@ func (m *manager) asksToStop() (context.Context, context.CancelFunc) {
 		case <-ctx.Done():
 		}
 	}()
-	return ctx, func() {
-		stop()
-		cancel(nil)
-	}
+	return ctx
 }
 
 // ready says that requests are served: pm2 start and systemctl start wait for it.

@@ -42,8 +42,8 @@ func run(log *slog.Logger, insert int) (err error) {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stop()
+	// Never undone: a signal that comes in the last moment must not end the process before its exit code does.
+	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	log.Info("starting")
 	failed := make(chan error, 1)
 	fail := func(err error) { // ends the worker as a signal does, and makes its exit code 1
@@ -99,8 +99,7 @@ func run(log *slog.Logger, insert int) (err error) {
 		log.Error("fatal error", "err", err)
 	}
 	deadline := time.Now().Add(timeout)
-	again, stopAgain := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stopAgain()
+	again, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 
 	// 2. Unready. The probes go on answering.
 	ready.Store(false)

@@ -107,6 +107,23 @@ func TestWorker(t *testing.T) {
 		})
 	}
 
+	t.Run("signals that come until the last moment leave it its exit code", func(t *testing.T) {
+		t.Parallel()
+		w := open(t).launch(program)
+		w.WaitFor("msg=ready")
+		for ended := false; !ended; {
+			w.Signal(syscall.SIGTERM)
+			select {
+			case <-w.Done():
+				ended = true
+			case <-time.After(time.Millisecond):
+			}
+		}
+		if code := w.ExitCode(); code != 0 && code != 1 {
+			t.Errorf("exit code %d:\n%s", code, w.Stderr.String())
+		}
+	})
+
 	t.Run("a panic ends it through the same door, with the other jobs finished, and exits 1", func(t *testing.T) {
 		t.Parallel()
 		w := open(t).launch(program)
@@ -176,7 +193,10 @@ func TestStress_NoJobIsLostOrRunToItsEndTwiceAcrossTwentyRestarts(t *testing.T) 
 		for inserting.Err() == nil {
 			args := invoiceArgs{Takes: rand.N(400 * time.Millisecond)}
 			if n%10 == 0 {
-				args.Takes = 3 * time.Second
+				args.Takes = 2 * time.Second // longer than the smallest budget
+			}
+			if n%20 == 0 {
+				args.Fault = "deaf"
 			}
 			if _, err := db.jobs.Insert(t.Context(), args, nil); err != nil {
 				t.Error(err)
@@ -195,7 +215,7 @@ func TestStress_NoJobIsLostOrRunToItsEndTwiceAcrossTwentyRestarts(t *testing.T) 
 		}
 		w := db.launch(program, "SHUTDOWN_TIMEOUT="+timeout)
 		w.WaitFor("starting")
-		time.Sleep(rand.N(3 * time.Second)) // the random moment
+		time.Sleep(rand.N(2 * time.Second)) // the random moment
 		w.Signal(syscall.SIGTERM)
 		if i%4 == 1 {
 			w.WaitFor("readiness fails")
@@ -225,8 +245,9 @@ func TestStress_NoJobIsLostOrRunToItsEndTwiceAcrossTwentyRestarts(t *testing.T) 
 	w.Exits(0)
 
 	handedBack := db.count("SELECT count(*) FROM river_job WHERE cardinality(attempted_by) > 1")
-	t.Logf("%d jobs; %d of 20 runs were forced; %d jobs were handed back", n, forced, handedBack)
-	if forced == 0 || handedBack == 0 {
+	deaf := db.count("SELECT count(*) FROM river_job WHERE cardinality(attempted_by) > 1 AND args ? 'fault'")
+	t.Logf("%d jobs; %d of 20 runs were forced; %d jobs were handed back, %d of them deaf", n, forced, handedBack, deaf)
+	if forced == 0 || handedBack == deaf || deaf == 0 {
 		t.Error("nothing was forced: this has shown nothing")
 	}
 	if n != db.count("SELECT count(*) FROM river_job") {
