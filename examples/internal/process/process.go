@@ -82,6 +82,9 @@ func (p *Process) Signal(s os.Signal) {
 	}
 }
 
+// PID returns the process's PID.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
 // WaitFor waits until text is on stderr.
 func (p *Process) WaitFor(text string) {
 	p.t.Helper()
