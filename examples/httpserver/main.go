@@ -73,7 +73,7 @@ func run(log *slog.Logger) (err error) {
 	if err != nil {
 		return fmt.Errorf("PORT: %w", err)
 	}
-	background := func(part func() error) { go guard(fail, part) }
+	background := func(part func() error) { go guard(log, fail, part) }
 	server := &http.Server{
 		Handler:           newHandler(log, pool, chaos.Handler(background, door)),
 		ReadHeaderTimeout: 2 * time.Second, // so long a connection without a request can hold up the end
@@ -121,10 +121,11 @@ func run(log *slog.Logger) (err error) {
 }
 
 // guard runs a part of the service. When it fails or panics the service stops, as it does on a signal.
-func guard(fail context.CancelCauseFunc, part func() error) {
+func guard(log *slog.Logger, fail context.CancelCauseFunc, part func() error) {
 	defer func() {
 		if p := recover(); p != nil {
-			fail(fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+			log.Error("panic", "value", p, "stack", string(debug.Stack()))
+			fail(fmt.Errorf("panic: %v", p))
 		}
 	}()
 	if err := part(); err != nil && !errors.Is(err, http.ErrServerClosed) {

@@ -86,7 +86,7 @@ func run(log *slog.Logger) (err error) {
 	if err != nil {
 		return fmt.Errorf("PORT: %w", err)
 	}
-	background := func(part func() error) { go guard(fail, part) }
+	background := func(part func() error) { go guard(log, fail, part) }
 	server := &http.Server{
 		Handler:           newHandler(log, pool, chaos.Handler(background, door)),
 		ReadHeaderTimeout: 2 * time.Second, // so long a connection without a request can hold up the end
@@ -110,10 +110,9 @@ func run(log *slog.Logger) (err error) {
 
 	// 2. Unready, but open for the propagation. Meanwhile responses ask for their connections to be closed: the clients' next ones
 	//    go to other pods.
-	// 3. Refuse: who is routed here all the same gets 503 from the middleware, which an ingress takes to another pod.
+	// 3. Refuse: who is routed here all the same gets 503 from the middleware. An ingress can be told to try another pod then.
 	// 4. Finish what is in flight. Each request is a unit of work of the pool, so the pool waits for the requests; those that take
-	//    too long get their contexts cancelled and, as the server is still there, can answer. Liveness goes on being 200: a pod
-	//    that is restarted for not being alive cannot drain.
+	//    too long get their contexts cancelled and, as the server is still there, can answer.
 	// 5. Close the database. Nobody uses it any more.
 	drain, cancel := context.WithDeadline(force, deadline.Add(-timeout/5))
 	defer cancel()
@@ -135,10 +134,11 @@ func run(log *slog.Logger) (err error) {
 }
 
 // guard runs a part of the service. When it fails or panics the service stops, as it does on a signal.
-func guard(fail context.CancelCauseFunc, part func() error) {
+func guard(log *slog.Logger, fail context.CancelCauseFunc, part func() error) {
 	defer func() {
 		if p := recover(); p != nil {
-			fail(fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+			log.Error("panic", "value", p, "stack", string(debug.Stack()))
+			fail(fmt.Errorf("panic: %v", p))
 		}
 	}()
 	if err := part(); err != nil && !errors.Is(err, http.ErrServerClosed) {

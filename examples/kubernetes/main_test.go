@@ -67,7 +67,8 @@ func TestKubernetes(t *testing.T) {
 		if out, err := build.CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
-		s := servicetest.StartCommand(t, []string{unshare, "--pid", "--fork", "--mount-proc", "--kill-child", static}, nil, "pool_initial_wait=0")
+		command := []string{unshare, "--pid", "--fork", "--mount-proc", "--kill-child", static}
+		s := servicetest.StartCommand(t, command, nil, "pool_initial_wait=0")
 		slow := s.InFlight("/api/data?ms=3000", 1)
 		sent := time.Now()
 		if err := syscall.Kill(processOne(t, s.PID()), syscall.SIGTERM); err != nil {
@@ -201,7 +202,8 @@ func TestDockerfileMakesTheServiceProcessOne(t *testing.T) {
 	if user == nil || user[1] != strconv.FormatInt(*deployment.Spec.Template.Spec.SecurityContext.RunAsUser, 10) || user[1] == "0" {
 		t.Errorf("USER %q is not the manifest's", user)
 	}
-	if len(stages) != 3 || !strings.Contains(stages[1], "CGO_ENABLED=0") || strings.Contains(last, "CMD") || !strings.Contains(last, "EXPOSE "+defaultPort) {
+	if len(stages) != 3 || !strings.Contains(stages[1], "CGO_ENABLED=0") ||
+		strings.Contains(last, "CMD") || !strings.Contains(last, "EXPOSE "+defaultPort) {
 		t.Errorf("not a static program alone in its image:\n%s", text)
 	}
 }

@@ -21,7 +21,8 @@ func newEcho(log *slog.Logger, pool *pgxdrain.Pool, chaos http.Handler) (*echo.E
 	e.StdLogger = slog.NewLogLogger(log.Handler(), slog.LevelWarn) // the server's
 	e.HTTPErrorHandler = (&errorHandler{log, pool}).answer
 
-	e.GET("/health", echo.WrapHandler(drainhttp.Ready(pool, drainhttp.WithDatabaseCheck(time.Second)))) // for people: it asks the database
+	withDatabase := drainhttp.WithDatabaseCheck(time.Second)
+	e.GET("/health", echo.WrapHandler(drainhttp.Ready(pool, withDatabase))) // for people
 	e.GET("/health/ready", echo.WrapHandler(drainhttp.Ready(pool)))
 	e.GET("/health/live", echo.WrapHandler(drainhttp.Live(pool)))
 	e.Any("/chaos/*", echo.WrapHandler(chaos))

@@ -74,7 +74,7 @@ func run(log *slog.Logger) (err error) {
 	if err != nil {
 		return fmt.Errorf("PORT: %w", err)
 	}
-	background := func(part func() error) { go guard(fail, part) }
+	background := func(part func() error) { go guard(log, fail, part) }
 	e, requests := newEcho(log, pool, chaos.Handler(background, door))
 	e.Listener = door
 	e.Server.ConnState = door.ConnState
@@ -94,8 +94,8 @@ func run(log *slog.Logger) (err error) {
 	defer stopForce()
 
 	// 2. Unready. The port stays open, and requests are let in, while load balancers take notice.
-	// 3. Refuse: requests are answered with 503, in the way of the service's other errors. The port stays open all the same: a closed one would reset
-	//    those who are connecting, and nobody could look at the probes.
+	// 3. Refuse: requests are answered with 503, in the way of the service's other errors. The port stays open all the same: a
+	//    closed one would reset those who are connecting, and nobody could look at the probes.
 	// 4. Finish what is in flight. Each request is a unit of work of the pool, so the pool waits for the requests; those that take
 	//    too long get their contexts cancelled and, as the server is still there, can answer.
 	// 5. Close the database. Nobody uses it any more.
@@ -120,10 +120,11 @@ func run(log *slog.Logger) (err error) {
 }
 
 // guard runs a part of the service. When it fails or panics the service stops, as it does on a signal.
-func guard(fail context.CancelCauseFunc, part func() error) {
+func guard(log *slog.Logger, fail context.CancelCauseFunc, part func() error) {
 	defer func() {
 		if p := recover(); p != nil {
-			fail(fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+			log.Error("panic", "value", p, "stack", string(debug.Stack()))
+			fail(fmt.Errorf("panic: %v", p))
 		}
 	}()
 	if err := part(); err != nil && !errors.Is(err, http.ErrServerClosed) {

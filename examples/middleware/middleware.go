@@ -33,9 +33,11 @@ func (r *requests) middleware(next echo.HandlerFunc) echo.HandlerFunc {
 		r.n.Add(1)
 		defer r.n.Add(-1)
 		c.SetRequest(c.Request().WithContext(ctx))
-		if draining(r.pool) {
-			c.Response().Header().Set("Connection", "close") // the client's next request goes to another instance
-		}
+		c.Response().Before(func() {
+			if draining(r.pool) {
+				c.Response().Header().Set("Connection", "close") // the client's next request goes to another instance
+			}
+		})
 		start := time.Now()
 
 		if err := next(c); err != nil {

@@ -168,7 +168,8 @@ func (s *Service) EndsWithin(limit time.Duration, since time.Time, code int) {
 	if strings.Contains(s.Stderr.String(), "pgxdrain: not drained") {
 		drained = "pgxdrain: not drained and closed in time"
 	}
-	s.InOrder("msg=serving", received, "readiness fails", "new work is refused", drained, "closing the port", "flushing logs and telemetry", exit)
+	s.InOrder("msg=serving", received, "readiness fails", "new work is refused", drained, "closing the port",
+		"flushing logs and telemetry", exit)
 	if !strings.Contains(s.Stdout.String(), `"Name":"pgxdrain.shutdown"`) {
 		s.t.Errorf("the span of the shutdown was not flushed:\n%s", s.Stdout.String())
 	}
@@ -217,7 +218,10 @@ func Test(t *testing.T, program string) {
 		}
 		s.is(s.Do("GET", "/health/live"), http.StatusOK)
 
-		s.is(<-slow, http.StatusOK)
+		a = <-slow
+		if s.is(a, http.StatusOK); !a.Closed {
+			t.Error("the connection of the request that was in flight is kept")
+		}
 		s.EndsWithin(process.Limit, sent, 0)
 		s.Logged("still draining", "remaining=")
 	})
