@@ -44,8 +44,8 @@ func run(log *slog.Logger) (err error) {
 	// failed is done when a part of the service has failed, and ctx then or on a signal.
 	failed, fail := context.WithCancelCause(context.Background())
 	defer fail(nil)
-	ctx, stop := signal.NotifyContext(failed, syscall.SIGTERM, os.Interrupt)
-	defer stop()
+	// Never undone: a signal that comes in the last moment must not end the process before its exit code does.
+	ctx, _ := signal.NotifyContext(failed, syscall.SIGTERM, os.Interrupt)
 
 	dsn, stopDatabase, err := database.URL(ctx, log)
 	if err != nil {
@@ -91,8 +91,7 @@ func run(log *slog.Logger) (err error) {
 		log.Info("signal received", "signal", context.Cause(ctx))
 	}
 	deadline := time.Now().Add(timeout)
-	force, stopForce := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stopForce()
+	force, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 
 	// 2. Unready. The port stays open, and requests are let in, while load balancers take notice.
 	// 3. Refuse: requests are answered with 503 by the middleware. The port stays open all the same: a closed one would reset

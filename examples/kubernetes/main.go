@@ -57,8 +57,8 @@ func run(log *slog.Logger) (err error) {
 	// failed is done when a part of the service has failed, and ctx then or on a signal.
 	failed, fail := context.WithCancelCause(context.Background())
 	defer fail(nil)
-	ctx, stop := signal.NotifyContext(failed, syscall.SIGTERM, os.Interrupt)
-	defer stop()
+	// Never undone: a signal that comes in the last moment must not end the process before its exit code does.
+	ctx, _ := signal.NotifyContext(failed, syscall.SIGTERM, os.Interrupt)
 
 	dsn, stopDatabase, err := database.URL(ctx, log)
 	if err != nil {
@@ -105,8 +105,7 @@ func run(log *slog.Logger) (err error) {
 		log.Info("signal received", "signal", context.Cause(ctx))
 	}
 	deadline := time.Now().Add(timeout)
-	force, stopForce := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stopForce()
+	force, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 
 	// 2. Unready, but open for the propagation. Meanwhile responses ask for their connections to be closed: the clients' next ones
 	//    go to other pods.

@@ -31,8 +31,8 @@ func main() {
 // run returns an error if the service could not start, or could not stop without ending work by force.
 func run(longest time.Duration) (err error) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stop()
+	// Never undone: a signal that comes in the last moment must not end the process before its exit code does.
+	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 
 	dsn, stopServer, err := database.URL(ctx, log)
 	if err != nil {
@@ -65,8 +65,7 @@ func run(longest time.Duration) (err error) {
 	// The signal. From here a second one cancels again.
 	<-ctx.Done()
 	log.Info("signal received")
-	again, stopAgain := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stopAgain()
+	again, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 
 	// Unready (pool.Draining), refuse, drain, close the database. A second signal brings the end forward.
 	err = pool.Shutdown(again)
