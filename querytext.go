@@ -3,6 +3,7 @@ package pgxdrain
 import (
 	"regexp"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 
 	sqllexer "github.com/DataDog/go-sqllexer"
@@ -168,8 +169,11 @@ var (
 )
 
 // withoutLiterals returns sql with a space in the place of each comment, an empty string in that of each string and 0 in that of each
-// number, up to maxPlainText, and whether there is more. It is not ok if it is not certain where one of them ends. go-sqllexer alone does not do: it is of no use for a secret that it is made for
-// many databases and takes a text apart other than PostgreSQL does (t."it's", a comment after an operator, a/1, nested comments).
+// number, up to maxPlainText, and whether there is more. It is not ok, and returns what comes before, if it is not certain where one
+// of them ends.
+//
+// go-sqllexer alone does not do: it is made for many databases and takes a text apart other than PostgreSQL does (t."it's", a comment
+// after an operator, a/1, nested comments).
 func withoutLiterals(sql string) (plain string, rest, ok bool) {
 	var b strings.Builder
 	word := "" // the identifier right before
@@ -217,7 +221,7 @@ func withoutLiterals(sql string) (plain string, rest, ok bool) {
 			b.WriteByte(sql[0])
 		}
 		if !ok {
-			return "", false, false
+			return b.String(), false, false
 		}
 		sql = sql[length:]
 	}
@@ -263,16 +267,10 @@ func stringLength(sql string, escapes bool) (_ int, ok bool) {
 
 // firstWords returns the first two words of a statement, in lower case, past white space and comments.
 func firstWords(sql string) (first, second string) {
-	lexer := sqllexer.New(sql, postgres)
-	words := make([]string, 0, 2)
-	for len(words) < 2 {
-		switch token := lexer.Scan(); token.Type {
-		case sqllexer.SPACE, sqllexer.COMMENT, sqllexer.MULTILINE_COMMENT:
-		case sqllexer.EOF:
-			words = append(words, "", "")
-		default:
-			words = append(words, strings.ToLower(token.Value))
-		}
-	}
-	return words[0], words[1]
+	plain, _, _ := withoutLiterals(sql) // what is uncertain further on does not matter here
+	words := strings.FieldsFunc(plain, func(c rune) bool {
+		return c != '_' && c != '"' && c < utf8.RuneSelf && !unicode.IsLetter(c) && !unicode.IsDigit(c)
+	})
+	words = append(words, "", "")
+	return strings.ToLower(words[0]), strings.ToLower(words[1])
 }

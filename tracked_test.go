@@ -596,3 +596,20 @@ func TestHijackedConnectionsDoNotPileUp(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestCommitIsRecognisedWhateverComesBeforeIt(t *testing.T) {
+	t.Parallel()
+	for sql, want := range map[string]bool{
+		"commit": true, "COMMIT": true, "Commit;": true, " \n\tcommit and chain": true, "end": true, "END TRANSACTION": true,
+		"/* a */commit": true, "/* /* a */ */ commit": true, "-- a\ncommit": true, "-- a\rcommit": true, ";commit": true,
+		`commit; select 'a\'`: true, "prepare transaction 'x'": true, "prepare/**/transaction 'x'": true,
+		strings.Repeat("/* a long one */ ", 1000) + "commit": true,
+
+		"": false, "/* commit": false, "-- commit": false, "commits": false, "commit_log": false, `"commit"`: false, "'commit'": false,
+		"select 1 -- commit": false, "rollback": false, "prepare c as commit": false, "endless": false, "begin": false,
+	} {
+		if got := pgxdrain.EndsTransaction(sql); got != want {
+			t.Errorf("%.40q: got %v", sql, got)
+		}
+	}
+}
