@@ -1,0 +1,185 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/puddle/v2"
+
+	"github.com/pgxdrain/pgxdrain"
+)
+
+// Ours are the ways of what compares the two pools.
+var Ours = [2]string{"pgxpool", "pgxdrain"}
+
+// Cases are the comparisons of pgxdrain with pgxpool.
+func Cases() []Case {
+	var cases []Case
+	for _, op := range Operations {
+		cases = append(cases, sequence(op))
+	}
+	for _, conns := range []int{4, 64} {
+		for _, goroutines := range []int{2, 8, 64, 512} {
+			cases = append(cases, parallel(goroutines, conns))
+		}
+	}
+	for _, conns := range []int{1, 8, 64} {
+		cases = append(cases, drainEnd(conns))
+	}
+	cases = append(cases, refusal(1), refusal(512))
+	cases = append(cases, look("Active()", func(p *pgxdrain.Pool) { p.Active() })...)
+	return append(cases, memory)
+}
+
+func sequence(op Operation) Case {
+	return Case{op.Name, Ours, 1, op.Target, func(ctx context.Context, dsn string) (*Pair, error) {
+		return pairOf(ctx, dsn, 4, func(pool *pgxpool.Pool) Block {
+			return Sequence(op.N, func() error { return op.Do(ctx, pool) })
+		})
+	}}
+}
+
+func parallel(goroutines, conns int) Case {
+	return Case{InParallel(AcquireRelease, goroutines, conns), Ours, 1, "≤ 1.10", func(ctx context.Context, dsn string) (*Pair, error) {
+		return pairOf(ctx, dsn, conns, func(pool *pgxpool.Pool) Block {
+			return Parallel(AcquireRelease.N, goroutines, func() error { return AcquireRelease.Do(ctx, pool) })
+		})
+	}}
+}
+
+// InParallel names an operation that so many goroutines do.
+func InParallel(op Operation, goroutines, conns int) string {
+	return fmt.Sprintf("%s, %d goroutines, %d connections", op.Name, goroutines, conns)
+}
+
+func pairOf(ctx context.Context, dsn string, conns int, block func(*pgxpool.Pool) Block) (*Pair, error) {
+	config, err := Config(dsn, conns)
+	if err != nil {
+		return nil, err
+	}
+	plain, ours, err := Pools(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	return &Pair{Base: block(plain), Other: block(ours.Pool), Close: func() error {
+		plain.Close()
+		return ours.Shutdown(context.Background())
+	}}, nil
+}
+
+// drainEnd is the time from the last release to the end of a shutdown that waits for it, beside that of a Close of pgxpool that
+// is called right after the release. Each round takes a new pool.
+func drainEnd(conns int) Case {
+	name := fmt.Sprintf("last release to the return of Shutdown, %d connections", conns)
+	return Case{name, Ours, 8 / float64(12+conns), "≤ 100 µs more", func(ctx context.Context, dsn string) (*Pair, error) {
+		config, err := pgxpool.ParseConfig(dsn)
+		if err != nil {
+			return nil, err
+		}
+		config.MaxConns = int32(conns)
+		base := func() (Figures, error) {
+			pool, err := pgxpool.NewWithConfig(ctx, config)
+			if err != nil {
+				return Figures{}, err
+			}
+			last, err := lastOf(ctx, pool, conns)
+			if err != nil {
+				return Figures{}, err
+			}
+			return Measure(1, func() error {
+				last.Release()
+				pool.Close()
+				return nil
+			})
+		}
+		other := func() (Figures, error) {
+			pool, err := pgxdrain.NewWithConfig(ctx, config, silent)
+			if err != nil {
+				return Figures{}, err
+			}
+			last, err := lastOf(ctx, pool.Pool, conns)
+			if err != nil {
+				return Figures{}, err
+			}
+			result := drain(pool)
+			return Measure(1, func() error {
+				last.Release()
+				return <-result
+			})
+		}
+		return &Pair{Base: base, Other: other, Close: func() error { return nil }}, nil
+	}}
+}
+
+// lastOf makes so many connections and releases all but one.
+func lastOf(ctx context.Context, pool *pgxpool.Pool, conns int) (*pgxpool.Conn, error) {
+	var last *pgxpool.Conn
+	for range conns {
+		conn, err := pool.Acquire(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if last != nil {
+			defer last.Release()
+		}
+		last = conn
+	}
+	return last, nil
+}
+
+// drain begins a shutdown and returns when it waits for what is acquired.
+func drain(pool *pgxdrain.Pool) (result <-chan error) {
+	returned := make(chan error, 1)
+	go func() { returned <- pool.Shutdown(context.Background()) }()
+	for pool.Report().Step != pgxdrain.StepDrain {
+		time.Sleep(100 * time.Microsecond)
+	}
+	time.Sleep(5 * time.Millisecond) // until its goroutines have gone to sleep
+	return returned
+}
+
+// refusal is an acquisition that fails because the pool drains, beside one that fails because a pgxpool is closed.
+func refusal(callers int) Case {
+	name := fmt.Sprintf("acquisition refused, %d callers", callers)
+	if callers == 1 {
+		name = "acquisition refused, 1 caller"
+	}
+	return Case{name, Ours, 1, "≤ 1 µs", func(ctx context.Context, dsn string) (*Pair, error) {
+		config, err := pgxpool.ParseConfig(dsn)
+		if err != nil {
+			return nil, err
+		}
+		plain, err := pgxpool.NewWithConfig(ctx, config)
+		if err != nil {
+			return nil, err
+		}
+		plain.Close()
+		ours, err := pgxdrain.NewWithConfig(ctx, config, silent, pgxdrain.WithDrainTimeout(24*time.Hour))
+		if err != nil {
+			return nil, err
+		}
+		held, err := ours.Acquire(ctx)
+		if err != nil {
+			return nil, err
+		}
+		result := drain(ours)
+		refused := func(pool *pgxpool.Pool, want error) Block {
+			return Parallel(10_000, callers, func() error {
+				if _, err := pool.Acquire(ctx); err != want {
+					return fmt.Errorf("an acquisition that should be refused gave %v", err)
+				}
+				return nil
+			})
+		}
+		return &Pair{
+			Base:  refused(plain, puddle.ErrClosedPool),
+			Other: refused(ours.Pool, pgxdrain.ErrShuttingDown),
+			Close: func() error {
+				held.Release()
+				return <-result
+			},
+		}, nil
+	}}
+}
