@@ -173,12 +173,27 @@ func (p *Pool) active() []Operation {
 	for _, h := range holds {
 		ops = append(ops, h.operation())
 	}
-	slices.SortFunc(ops, longestHeld)
-	return ops
+	return longestHeldFirst(ops)
 }
 
-func longestHeld(a, b Operation) int {
-	return cmp.Or(a.AcquiredAt.Compare(b.AcquiredAt), cmp.Compare(a.PID, b.PID))
+// longestHeldFirst returns ops sorted. It sorts what they are sorted by: an Operation is 216 bytes to move about and to give to a
+// comparison, which took half the time of a look at 10,000.
+func longestHeldFirst(ops []Operation) []Operation {
+	type key struct {
+		acquired time.Duration // since epoch
+		pid      uint32
+		at       int32 // in ops
+	}
+	keys := make([]key, len(ops))
+	for i := range ops {
+		keys[i] = key{ops[i].AcquiredAt.Sub(epoch), ops[i].PID, int32(i)}
+	}
+	slices.SortFunc(keys, func(a, b key) int { return cmp.Or(cmp.Compare(a.acquired, b.acquired), cmp.Compare(a.pid, b.pid)) })
+	sorted := make([]Operation, len(ops))
+	for i, k := range keys {
+		sorted[i] = ops[k.at]
+	}
+	return sorted
 }
 
 // Draining returns a channel that is closed when Shutdown or Close is called: before the gate closes, while the initial

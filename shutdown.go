@@ -614,7 +614,7 @@ func (s *shutdown) reportLocked() Report {
 		r.Operations = append(r.Operations, f.seen(text))
 	}
 	r.Waiting = s.inAtFlip - notWaiting
-	slices.SortFunc(r.Operations, longestHeld)
+	r.Operations = longestHeldFirst(r.Operations)
 	r.count()
 	return r
 }

@@ -913,7 +913,8 @@ func (l *lease) outcome() Outcome {
 }
 
 func (l *lease) operation(pid uint32, text queryTextFunc) Operation {
-	wall, clock := time.Now(), now()
+	wall := time.Now()
+	clock := wall.Sub(epoch)
 	at := func(d time.Duration) time.Time {
 		if d == 0 {
 			return time.Time{}
