@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"runtime"
 	"slices"
@@ -61,7 +62,8 @@ func answer(conn net.Conn) {
 	}
 }
 
-// crowd is a pool with so many operations in progress, half of them in a transaction, and room for a few more.
+// crowd is a pool with so many operations in progress, half of them in a transaction, and room for a few more. The connections were
+// acquired in another order than they were made in, as after a while they are.
 func crowd(ctx context.Context, operations int) (_ *pgxdrain.Pool, disperse func() error, _ error) {
 	config, err := crowdConfig(operations + 10)
 	if err != nil {
@@ -72,23 +74,43 @@ func crowd(ctx context.Context, operations int) (_ *pgxdrain.Pool, disperse func
 		return nil, nil, err
 	}
 	var conns []*pgxpool.Conn
-	disperse = func() error {
+	release := func() {
 		for _, c := range conns {
 			c.Release()
 		}
+		conns = nil
+	}
+	disperse = func() error {
+		release()
 		return pool.Shutdown(context.Background())
 	}
-	for i := range operations {
-		c, err := pool.Acquire(ctx)
-		if err != nil {
-			return nil, nil, errors.Join(err, disperse())
-		}
-		conns = append(conns, c)
-		if i%2 == 0 {
-			if _, err := c.Exec(ctx, "begin"); err != nil {
-				return nil, nil, errors.Join(err, disperse())
+	acquireAll := func(do func(i int, c *pgxpool.Conn) error) error {
+		for i := range operations {
+			c, err := pool.Acquire(ctx)
+			if err != nil {
+				return err
+			}
+			conns = append(conns, c)
+			if err := do(i, c); err != nil {
+				return err
 			}
 		}
+		return nil
+	}
+	err = acquireAll(func(int, *pgxpool.Conn) error { return nil })
+	if err == nil {
+		rand.New(rand.NewPCG(1, 2)).Shuffle(len(conns), func(i, j int) { conns[i], conns[j] = conns[j], conns[i] })
+		release() // the last that was released is the next that is acquired
+		err = acquireAll(func(i int, c *pgxpool.Conn) error {
+			if i%2 == 0 {
+				return nil
+			}
+			_, err := c.Exec(ctx, "begin")
+			return err
+		})
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, disperse())
 	}
 	return pool, disperse, nil
 }
