@@ -17,6 +17,8 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/pgxdrain/pgxdrain/internal/bench"
@@ -58,15 +60,17 @@ func compare(ctx context.Context, out io.Writer, rounds int, only *regexp.Regexp
 		{"Peers", peers()},
 	} {
 		fmt.Fprintf(out, "## %s\n\n", table.title)
-		fmt.Fprintln(out, "| | base | compared | base | compared | ratio (95 %) | more by | B/op | allocs/op | target | rounds |")
-		fmt.Fprintln(out, "|---|---|---|--:|--:|--:|--:|--:|--:|---|--:|")
+		printRow(out, "what", "base", "compared", "base", "compared", "ratio (95 %)", "more by", "B/op", "allocs/op", "target", "rounds")
+		printRow(out, "---", "---", "---", "--:", "--:", "--:", "--:", "--:", "--:", "---", "--:")
 		for _, c := range table.cases {
 			if !only.MatchString(c.Name) {
 				continue
 			}
-			if err := row(ctx, out, dsn, c, rounds); err != nil {
+			pair, err := measure(ctx, dsn, c, rounds)
+			if err != nil {
 				return fmt.Errorf("%s: %w", c.Name, err)
 			}
+			printRow(out, figures(c, pair)...)
 		}
 		fmt.Fprintln(out)
 	}
@@ -74,51 +78,59 @@ func compare(ctx context.Context, out io.Writer, rounds int, only *regexp.Regexp
 	return nil
 }
 
-// row measures a case and prints its row.
-func row(ctx context.Context, out io.Writer, dsn string, c bench.Case, rounds int) (err error) {
+// measure measures a case, in its share of the rounds, and at least once.
+func measure(ctx context.Context, dsn string, c bench.Case, rounds int) (_ *bench.Pair, err error) {
 	pair, err := c.Open(ctx, dsn)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, pair.Close()) }()
 	if err := pair.WarmUp(); err != nil {
-		return err
+		return nil, err
 	}
 	for range max(1, int(math.Round(float64(rounds)*c.Rounds))) {
 		if err := ctx.Err(); err != nil {
-			return err
+			return nil, err
 		}
 		if err := pair.Round(); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	printRow(out, c, pair)
-	return nil
+	return pair, nil
 }
 
-// printRow prints the medians of a pair. What it does not have is a dash.
-func printRow(out io.Writer, c bench.Case, pair *bench.Pair) {
+// columns are those of a row, and none is a cell for which there is nothing.
+const (
+	columns = 11
+	none    = "–"
+)
+
+func printRow(out io.Writer, cells ...string) {
+	fmt.Fprintf(out, "| %s |\n", strings.Join(cells, " | "))
+}
+
+// figures are the cells of a case: medians, and the ratio with the interval of its median.
+func figures(c bench.Case, pair *bench.Pair) []string {
 	m := pair.Medians()
-	times := [2]string{none, none}
-	ratio, more := none, none
-	if m.Other.Nanoseconds > 0 {
-		times[1] = duration(m.Other.Nanoseconds)
-	}
+	base, compared, ratio, more := none, none, none, none
 	bytes, allocs := fmt.Sprintf("%.0f", m.Other.Bytes), fmt.Sprintf("%.0f", m.Other.Allocs)
+	timed := m.Other.Nanoseconds > 0
+	if timed {
+		compared = duration(m.Other.Nanoseconds)
+	}
 	if pair.Base != nil {
 		bytes, allocs = fmt.Sprintf("%.0f, %s", m.Base.Bytes, bytes), fmt.Sprintf("%.0f, %s", m.Base.Allocs, allocs)
-		if m.Base.Nanoseconds > 0 {
-			times[0] = duration(m.Base.Nanoseconds)
-			r := pair.Ratio()
-			ratio = fmt.Sprintf("%.3f (%.3f to %.3f)", r.Median, r.Low, r.High)
-			more = duration(pair.Over(func(r bench.Round) float64 { return r.Other.Nanoseconds - r.Base.Nanoseconds }).Median)
-		}
 	}
-	fmt.Fprintf(out, "| %s | %s | %s | %s | %s | %s | %s | %s | %s | %s | %d |\n", c.Name, cmp.Or(c.Ways[0], none), c.Ways[1],
-		times[0], times[1], ratio, more, bytes, allocs, cmp.Or(c.Target, none), len(pair.Results))
+	if timed && pair.Base != nil {
+		r := pair.Ratio()
+		base, ratio = duration(m.Base.Nanoseconds), fmt.Sprintf("%.3f (%.3f to %.3f)", r.Median, r.Low, r.High)
+		more = duration(pair.Over(func(r bench.Round) float64 { return r.Other.Nanoseconds - r.Base.Nanoseconds }).Median)
+	}
+	return []string{c.Name, orNone(c.Ways[0]), c.Ways[1], base, compared, ratio, more, bytes, allocs, orNone(c.Target),
+		strconv.Itoa(len(pair.Results))}
 }
 
-const none = "–"
+func orNone(s string) string { return cmp.Or(s, none) }
 
 // duration prints nanoseconds with three digits.
 func duration(ns float64) string {

@@ -157,11 +157,7 @@ var wrapperWays = [2]string{"pgxpool", "wrapper with a mutex"}
 
 func wrapped(goroutines int) bench.Case {
 	op := bench.AcquireRelease
-	name := op.Name
-	if goroutines > 1 {
-		name = bench.InParallel(op, goroutines, conns)
-	}
-	return bench.Case{Name: name, Ways: wrapperWays, Rounds: 1, Open: func(ctx context.Context, dsn string) (*bench.Pair, error) {
+	return bench.Case{Name: bench.InParallel(op, goroutines, conns), Ways: wrapperWays, Rounds: 1, Open: func(ctx context.Context, dsn string) (*bench.Pair, error) {
 		return beside(ctx, dsn, func(pool *pgxpool.Pool) (bench.Block, bench.Block) {
 			w := newWrapper(pool)
 			return bench.Parallel(op.N, goroutines, func() error { return op.Do(ctx, pool) }),

@@ -121,7 +121,7 @@ func spread(values []float64) Spread {
 	if n == 0 {
 		return Spread{}
 	}
-	out := max(0, int(float64(n)/2-0.98*math.Sqrt(float64(n))))
+	out := max(0, int(float64(n)/2-0.98*math.Sqrt(float64(n)))-1)
 	return Spread{(values[(n-1)/2] + values[n/2]) / 2, values[out], values[n-1-out]}
 }
 

@@ -51,7 +51,7 @@ func parallel(goroutines, conns int) Case {
 
 // InParallel names an operation that so many goroutines do.
 func InParallel(op Operation, goroutines, conns int) string {
-	return fmt.Sprintf("%s, %d goroutines, %d connections", op.Name, goroutines, conns)
+	return fmt.Sprintf("%s, %s, %s", op.Name, count(goroutines, "goroutine"), count(conns, "connection"))
 }
 
 func pairOf(ctx context.Context, dsn string, conns int, block func(*pgxpool.Pool) Block) (*Pair, error) {
@@ -72,7 +72,7 @@ func pairOf(ctx context.Context, dsn string, conns int, block func(*pgxpool.Pool
 // drainEnd is the time from the last release to the end of a shutdown that waits for it, beside that of a Close of pgxpool that
 // is called right after the release. Each round takes a new pool.
 func drainEnd(conns int) Case {
-	name := fmt.Sprintf("last release to the return of Shutdown, %d connections", conns)
+	name := "last release to the return of Shutdown, " + count(conns, "connection")
 	return Case{name, Ours, 8 / float64(12+conns), "≤ 100 µs more", func(ctx context.Context, dsn string) (*Pair, error) {
 		config, err := pgxpool.ParseConfig(dsn)
 		if err != nil {
@@ -142,10 +142,7 @@ func drain(pool *pgxdrain.Pool) (result <-chan error) {
 
 // refusal is an acquisition that fails because the pool drains, beside one that fails because a pgxpool is closed.
 func refusal(callers int) Case {
-	name := fmt.Sprintf("acquisition refused, %d callers", callers)
-	if callers == 1 {
-		name = "acquisition refused, 1 caller"
-	}
+	name := "acquisition refused, " + count(callers, "caller")
 	return Case{name, Ours, 1, "≤ 1 µs", func(ctx context.Context, dsn string) (*Pair, error) {
 		config, err := pgxpool.ParseConfig(dsn)
 		if err != nil {

@@ -117,7 +117,7 @@ func crowd(ctx context.Context, operations int) (_ *pgxdrain.Pool, disperse func
 
 // look is something that looks at all operations: how long it takes, and how long those who acquire wait meanwhile.
 func look(name string, do func(*pgxdrain.Pool)) []Case {
-	cases := []Case{{fmt.Sprintf("%s over %d operations", name, crowded), [2]string{"", "pgxdrain"}, 0.5, "≤ 5 ms",
+	cases := []Case{{name + " over " + count(crowded, "operation"), [2]string{"", "pgxdrain"}, 0.5, "≤ 5 ms",
 		func(ctx context.Context, _ string) (*Pair, error) {
 			pool, disperse, err := crowd(ctx, crowded)
 			if err != nil {
@@ -133,7 +133,7 @@ func look(name string, do func(*pgxdrain.Pool)) []Case {
 		of   float64
 	}{{"p50", 0.5}, {"p99", 0.99}, {"longest of 10,000", 1}} {
 		cases = append(cases, Case{
-			fmt.Sprintf("acquire + release beside %s over %d operations: %s", name, crowded, quantile.name),
+			fmt.Sprintf("%s beside %s over %s: %s", AcquireRelease.Name, name, count(crowded, "operation"), quantile.name),
 			[2]string{"alone", "beside"}, 0.5, "≤ 10 µs more",
 			func(ctx context.Context, _ string) (*Pair, error) {
 				pool, disperse, err := crowd(ctx, crowded)

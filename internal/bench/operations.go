@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strconv"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -61,7 +62,7 @@ var Operations = []Operation{
 		}
 		return pool.SendBatch(ctx, &b).Close()
 	}},
-	{"copy of 10,000 rows", 1, noSlower, func(ctx context.Context, pool *pgxpool.Pool) error {
+	{"copy of " + count(10_000, "row"), 1, noSlower, func(ctx context.Context, pool *pgxpool.Pool) error {
 		_, err := pool.CopyFrom(ctx, pgx.Identifier{copied}, []string{"n"}, pgx.CopyFromSlice(10_000, func(i int) ([]any, error) {
 			return []any{i}, nil
 		}))
@@ -70,11 +71,7 @@ var Operations = []Operation{
 }
 
 func query(rows, n int) Operation {
-	name := fmt.Sprintf("Query of %d rows", rows)
-	if rows == 1 {
-		name = "Query of 1 row"
-	}
-	return Operation{name, n, noSlower, func(ctx context.Context, pool *pgxpool.Pool) error {
+	return Operation{"Query of " + count(rows, "row"), n, noSlower, func(ctx context.Context, pool *pgxpool.Pool) error {
 		rows, err := pool.Query(ctx, "select generate_series(1, $1::int)", rows)
 		if err != nil {
 			return err
@@ -83,6 +80,18 @@ func query(rows, n int) Operation {
 		}
 		return rows.Err()
 	}}
+}
+
+// count is so many of something in words.
+func count(n int, what string) string {
+	digits := strconv.Itoa(n)
+	if n >= 1000 {
+		digits = fmt.Sprintf("%d,%03d", n/1000, n%1000)
+	}
+	if n != 1 {
+		what += "s"
+	}
+	return digits + " " + what
 }
 
 // copied is the table that is copied to, one for each connection. It forgets its rows, so that the last copy is to as short a
