@@ -478,6 +478,7 @@ func (s *shutdown) awaitWaiting() {
 	defer look.Stop()
 	for s.pool.tracer.waiting() > 0 {
 		select {
+		case <-s.pool.tracer.gate.empty:
 		case <-look.C:
 		case <-s.deadline.rang:
 			return

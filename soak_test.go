@@ -887,8 +887,7 @@ func (r *soakRound) allCutOff(pids []uint32) bool {
 	return true
 }
 
-// soakTracer tells the round of its leases. Each acquisition gets a span of its own, which is how the operations of a report
-// are told apart.
+// soakTracer tells the round of its leases.
 type soakTracer struct{ r *soakRound }
 
 type (
@@ -896,7 +895,9 @@ type (
 	soakLeaseKey  struct{}
 )
 
-// newLease makes a lease and the context that its operation is known by. Caller of this method must hold r.mu!
+// newLease makes a lease and a context whose span says which it is. That tells the operations of a report apart where the pool sees
+// the context: a unit of work, and AcquireAllIdle. An acquisition's own span is its tracer's affair; it is told by its connection
+// and when that was acquired. Caller of this method must hold r.mu!
 func (r *soakRound) newLease(ctx context.Context, c *soakCaller) (context.Context, *soakLease) {
 	l := &soakLease{id: uint64(len(r.leases) + 1), caller: c.number, kind: c.kind}
 	r.leases = append(r.leases, l)
@@ -1590,14 +1591,12 @@ func (r *soakRound) check() {
 	}
 
 	for _, op := range report.Operations {
-		span := op.SpanContext.SpanID()
-		id := binary.BigEndian.Uint64(span[:])
-		i := slices.IndexFunc(r.leases, func(l *soakLease) bool { return l.id == id && l.pid == op.PID })
-		if i < 0 {
+		l := r.leaseOf(op)
+		if l == nil {
 			r.wrong(nil, "an operation of nobody: %+v", op)
 			continue
 		}
-		r.leases[i].reported = append(r.leases[i].reported, op)
+		l.reported = append(l.reported, op)
 	}
 	for _, l := range r.leases {
 		r.checkLease(l)
@@ -1628,6 +1627,23 @@ func (r *soakRound) check() {
 		r.rows = map[int64]int64{}
 	}
 	r.rows[r.number] = int64(sum)
+}
+
+// leaseOf returns the lease that an operation is of, or nil.
+func (r *soakRound) leaseOf(op pgxdrain.Operation) *soakLease {
+	span := op.SpanContext.SpanID()
+	id := binary.BigEndian.Uint64(span[:])
+	for _, l := range r.leases {
+		if l.id == id && l.pid == op.PID {
+			return l
+		}
+	}
+	for _, l := range r.leases {
+		if l.pid == op.PID && !l.begun.After(op.AcquiredAt) && (l.released.IsZero() || !l.released.Before(op.AcquiredAt)) {
+			return l
+		}
+	}
+	return nil
 }
 
 func (r *soakRound) checkResult(report *pgxdrain.Report) {

@@ -22,6 +22,7 @@ type socket struct {
 	record  atomic.Pointer[record]
 	severed atomic.Bool
 	told    atomic.Bool // its user has been told that it is severed
+	givenUp atomic.Bool // its user has given up a statement; pgconn is having that cancelled, and closes the connection
 
 	deadline sync.Mutex // held while one is set
 	closing  sync.Once  // once it is severed
@@ -30,7 +31,7 @@ type socket struct {
 // attempt is the making of one connection, perhaps by several dials.
 type attempt struct {
 	succeeded atomic.Bool
-	cut       atomic.Bool // it was severed under a statement: pgconn is to send no cancel request for it
+	quiet     atomic.Bool // pgconn is to send no cancel request for it any more
 }
 
 // errSevered is what the user of a connection gets whose socket was closed under it.
@@ -56,10 +57,8 @@ func (t *tracer) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 	a := &attempt{}
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		if a.succeeded.Load() {
-			// A cancel request: ours, or one that pgconn makes when it gives a connection up. For a statement under which we
-			// have severed the connection we have asked already, or have not because it is a COMMIT. For one that its caller
-			// had given up before, nobody else asks.
-			if a.cut.Load() {
+			// A cancel request: ours, or one that pgconn makes when it gives a connection up.
+			if a.quiet.Load() {
 				return nil, errSevered
 			}
 			return dial(ctx, network, addr)
@@ -192,6 +191,11 @@ func (s *socket) NetConn() net.Conn { return s.Conn }
 // sever closes the connection, or gives up making it. Who reads or writes is freed now; while a cancel request of the connection is
 // under way, the close waits for it.
 func (s *socket) sever() {
+	// Where a statement was in progress we have asked the server to cancel it already, or have not because it is a COMMIT. Where
+	// it had been given up before, nobody else asks.
+	if !s.givenUp.Load() {
+		s.attempt.quiet.Store(true)
+	}
 	s.severed.Store(true)
 	s.stop()
 	s.tracer.mu.Lock()

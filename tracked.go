@@ -774,6 +774,9 @@ func (r *record) statementEnds(kind statementKind, err error) {
 	tx := pgConn.TxStatus()
 	if pgConn.IsClosed() {
 		tx = 'I' // with the connection the transaction is gone
+		if r.socket != nil && !r.socket.severed.Load() {
+			r.socket.givenUp.Store(true)
+		}
 	}
 	r.mu.Lock()
 	// pgx ends a batch that could not be sent twice.
@@ -1063,7 +1066,6 @@ func (r *record) sever(onlyIdle bool) {
 	if r.socket != nil {
 		// Before the lock is given back: the owner's next statement must find the socket severed, or it might be sent
 		// although it is taken to have been idle.
-		r.socket.attempt.cut.Store(l.running)
 		r.socket.severed.Store(true)
 	}
 	r.mu.Unlock()
