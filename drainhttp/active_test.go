@@ -128,6 +128,7 @@ func TestJSONOfThePageSaysWhatActiveAndReportSay(t *testing.T) {
 	if _, err := pool.Exec(t.Context(), "select 4"); err == nil {
 		t.Fatal("not refused")
 	}
+	eventually(t, "all times are more than nothing, to the millisecond", func() bool { return pool.Report().Took > 2*time.Millisecond })
 	page := s.activeJSON(t)
 	ops := pool.Active()
 	if page.Step != "drain" || page.Active != 2 || len(page.Operations) != 2 || page.More != 0 || page.Waiting != 0 {

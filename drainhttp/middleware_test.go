@@ -218,7 +218,7 @@ func (s *server) get(t testing.TB, path string) response {
 	return r
 }
 
-// saysClose reports whether the client was told not to use its connection again. net/http's HTTP/2 says it with a GOAWAY.
+// checkSaysClose checks that the client was told not to use its connection again. net/http's HTTP/2 says it with a GOAWAY.
 func (s *server) checkSaysClose(t testing.TB, p protocol, r response) {
 	t.Helper()
 	if p == overHTTP1 {
@@ -358,6 +358,9 @@ func TestHeaderThatWasWrittenBeforeTheDrainAndOneThatUpgradesAreLeftAlone(t *tes
 		close(begun)
 		<-goOn
 		io.WriteString(w, "done")
+		if got := w.Header().Get("Connection"); got != "to be ignored" { // the handler's own by now, other goroutines may read it
+			t.Errorf("Connection was set to %q after the header had been written", got)
+		}
 	})))
 	done := s.start("/")
 	receive(t, "the header is written", begun)
@@ -632,7 +635,7 @@ func TestStreamGoesOnWhileDrainingAndEndsAtTheCancelStep(t *testing.T) {
 	})
 }
 
-// hijacking serves a protocol of lines over a connection that was taken over: it echoes them.
+// hijack takes the connection over, for a protocol of lines that echo serves.
 func hijack(w http.ResponseWriter) (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := w.(http.Hijacker).Hijack()
 	if err != nil {
@@ -677,6 +680,7 @@ func checkEcho(t *testing.T, conn net.Conn, r *bufio.Reader) {
 func TestHijackedConnectionIsHeldUntilItsHandlerReturns(t *testing.T) {
 	t.Parallel()
 	pool := newPool(t, "")
+	var header http.Header
 	s := newServer(t, overHTTP1, drainhttp.Middleware(pool)(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		conn, rw, err := hijack(w)
 		if err != nil {
@@ -684,6 +688,7 @@ func TestHijackedConnectionIsHeldUntilItsHandlerReturns(t *testing.T) {
 			return
 		}
 		defer conn.Close()
+		header = w.Header()
 		echo(rw)
 	})))
 	conn, r := s.upgraded(t)
@@ -695,6 +700,9 @@ func TestHijackedConnectionIsHeldUntilItsHandlerReturns(t *testing.T) {
 	conn.Close()
 	if err := receive(t, "Shutdown returns", result); err != nil {
 		t.Error(err)
+	}
+	if len(header) != 0 {
+		t.Errorf("%v was set after the connection had been taken over", header)
 	}
 }
 
