@@ -160,8 +160,8 @@ func wrapped(goroutines int) bench.Case {
 	return bench.Case{Name: bench.InParallel(op, goroutines, conns), Ways: wrapperWays, Rounds: 1, Open: func(ctx context.Context, dsn string) (*bench.Pair, error) {
 		return beside(ctx, dsn, func(pool *pgxpool.Pool) (bench.Block, bench.Block) {
 			w := newWrapper(pool)
-			return bench.Parallel(op.N, goroutines, func() error { return op.Do(ctx, pool) }),
-				bench.Parallel(op.N, goroutines, func() error {
+			return bench.Parallel(ctx, op.N, goroutines, func(ctx context.Context) error { return op.Do(ctx, pool) }),
+				bench.Parallel(ctx, op.N, goroutines, func(ctx context.Context) error {
 					c, err := w.Acquire(ctx)
 					if err == nil {
 						c.Release()

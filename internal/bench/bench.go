@@ -139,19 +139,21 @@ func Sequence(n int, do func() error) Block {
 	}
 }
 
-// Parallel is a block in which so many goroutines do something, together n times. The time is what passes by the clock on the
-// wall, divided by n: the inverse of the throughput.
-func Parallel(n, goroutines int, do func() error) Block {
+// Parallel is a block in which so many goroutines do something, together n times, each with a context of its own, as the callers
+// of a service have. The time is what passes by the clock on the wall, divided by n: the inverse of the throughput.
+func Parallel(ctx context.Context, n, goroutines int, do func(context.Context) error) Block {
 	each := max(1, n/goroutines)
 	return func() (Figures, error) {
 		start := make(chan struct{})
 		errs := make([]error, goroutines)
 		var running sync.WaitGroup
 		for i := range goroutines {
+			ctx, cancel := context.WithCancel(ctx)
 			running.Go(func() {
+				defer cancel()
 				<-start
 				for range each {
-					if errs[i] = do(); errs[i] != nil {
+					if errs[i] = do(ctx); errs[i] != nil {
 						return
 					}
 				}

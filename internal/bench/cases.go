@@ -41,10 +41,11 @@ func sequence(op Operation) Case {
 	}}
 }
 
+// parallel has blocks long enough for callers to be preempted while they have a connection, so that others have to wait.
 func parallel(goroutines, conns int) Case {
-	return Case{InParallel(AcquireRelease, goroutines, conns), Ours, 1, "≤ 1.10", func(ctx context.Context, dsn string) (*Pair, error) {
+	return Case{InParallel(AcquireRelease, goroutines, conns), Ours, 0.5, "≤ 1.10", func(ctx context.Context, dsn string) (*Pair, error) {
 		return pairOf(ctx, dsn, conns, func(pool *pgxpool.Pool) Block {
-			return Parallel(AcquireRelease.N, goroutines, func() error { return AcquireRelease.Do(ctx, pool) })
+			return Parallel(ctx, 5*AcquireRelease.N, goroutines, func(ctx context.Context) error { return AcquireRelease.Do(ctx, pool) })
 		})
 	}}
 }
@@ -163,7 +164,7 @@ func refusal(callers int) Case {
 		}
 		result := drain(ours)
 		refused := func(pool *pgxpool.Pool, want error) Block {
-			return Parallel(10_000, callers, func() error {
+			return Parallel(ctx, 10_000, callers, func(ctx context.Context) error {
 				if _, err := pool.Acquire(ctx); err != want {
 					return fmt.Errorf("an acquisition that should be refused gave %v", err)
 				}
