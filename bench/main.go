@@ -26,7 +26,7 @@ import (
 )
 
 func main() {
-	rounds := flag.Int("rounds", 300, "how often each pair is measured; those of which a round takes long, a part of that")
+	rounds := flag.Int("rounds", 200, "how often each pair is measured; those of which a round takes long, a part of that")
 	run := flag.String("run", "", "only what this regular expression matches")
 	flag.Parse()
 	only, err := regexp.Compile(*run)
