@@ -3,7 +3,6 @@ package pgxdrain
 import (
 	"regexp"
 	"strings"
-	"unicode"
 	"unicode/utf8"
 
 	sqllexer "github.com/DataDog/go-sqllexer"
@@ -183,9 +182,7 @@ func withoutLiterals(sql string) (plain string, rest, ok bool) {
 		length, ok := 1, true
 		switch {
 		case strings.HasPrefix(sql, "--"):
-			if length = strings.IndexAny(sql, "\n\r"); length < 0 {
-				length = len(sql)
-			}
+			length = lineLength(sql)
 			b.WriteByte(' ')
 		case strings.HasPrefix(sql, "/*"):
 			length, ok = commentLength(sql)
@@ -207,13 +204,13 @@ func withoutLiterals(sql string) (plain string, rest, ok bool) {
 			end := strings.Index(sql[len(tag):], tag)
 			length, ok = end+2*len(tag), tag != "" && end >= 0
 			b.WriteString("''")
-		case number.MatchString(sql[:min(2, len(sql))]):
+		case isDigit(sql[0]), sql[0] == '.' && len(sql) > 1 && isDigit(sql[1]):
 			length = len(number.FindString(sql))
 			if b.Len() > 0 && strings.IndexByte("/@#!?", b.String()[b.Len()-1]) >= 0 {
 				b.WriteByte(' ') // to go-sqllexer a/1 is an identifier
 			}
 			b.WriteByte('0')
-		case identifier.MatchString(sql[:1]):
+		case isLetter(sql[0]):
 			word = identifier.FindString(sql)
 			length = len(word)
 			b.WriteString(word)
@@ -226,6 +223,18 @@ func withoutLiterals(sql string) (plain string, rest, ok bool) {
 		sql = sql[length:]
 	}
 	return b.String(), sql != "", true
+}
+
+func isDigit(c byte) bool { return '0' <= c && c <= '9' }
+
+func isLetter(c byte) bool { return 'a' <= c|0x20 && c|0x20 <= 'z' || c == '_' || c >= utf8.RuneSelf }
+
+// lineLength is the length of the line at the beginning of sql.
+func lineLength(sql string) int {
+	if n := strings.IndexAny(sql, "\n\r"); n >= 0 {
+		return n
+	}
+	return len(sql)
 }
 
 // commentLength is the length of the comment at the beginning of sql, which may have others in it.
@@ -265,12 +274,32 @@ func stringLength(sql string, escapes bool) (_ int, ok bool) {
 	return 0, false
 }
 
-// firstWords returns the first two words of a statement, in lower case, past white space and comments.
+// firstWords returns the first two words of a statement, in lower case.
 func firstWords(sql string) (first, second string) {
-	plain, _, _ := withoutLiterals(sql) // what is uncertain further on does not matter here
-	words := strings.FieldsFunc(plain, func(c rune) bool {
-		return c != '_' && c != '"' && c < utf8.RuneSelf && !unicode.IsLetter(c) && !unicode.IsDigit(c)
-	})
-	words = append(words, "", "")
-	return strings.ToLower(words[0]), strings.ToLower(words[1])
+	first, sql = firstWord(sql)
+	second, _ = firstWord(sql)
+	return first, second
+}
+
+// firstWord returns the word that sql begins with past white space, comments and semicolons, in lower case, and what comes after it. It
+// is empty if anything else comes first.
+func firstWord(sql string) (word, rest string) {
+	for sql != "" {
+		length, ok := 1, true
+		switch {
+		case strings.HasPrefix(sql, "--"):
+			length = lineLength(sql)
+		case strings.HasPrefix(sql, "/*"):
+			length, ok = commentLength(sql)
+		case strings.IndexByte(" \t\n\r\f\v;", sql[0]) >= 0:
+		default:
+			word = identifier.FindString(sql)
+			return strings.ToLower(word), sql[len(word):]
+		}
+		if !ok {
+			return "", ""
+		}
+		sql = sql[length:]
+	}
+	return "", ""
 }

@@ -524,11 +524,12 @@ func (s *shutdown) makeFinal() error {
 	for _, r := range t.records() {
 		r.sever(false)
 	}
+	text := s.pool.settings.queryText.cached()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, f := range s.followed {
 		if f.op.Outcome == "" && !f.hijacked {
-			f.op = f.seen(s.pool.settings.queryText.of)
+			f.op = f.seen(text)
 			f.op.Outcome = f.lastOutcome()
 		}
 	}
@@ -751,6 +752,10 @@ func (s *shutdown) missed(r *record, l *lease) {
 
 // ended notes the outcome of f, unless it has its last one already. l is its lease as it was in the end, nil for a hold.
 func (f *followed) ended(outcome Outcome, l *lease) {
+	var last Operation
+	if l != nil { // not under the mutex: the text is taken apart
+		last = l.operation(f.record.pid, f.shutdown.pool.settings.queryText.of)
+	}
 	f.shutdown.note(func(*Report) {
 		if f.op.Outcome != "" {
 			return
@@ -758,7 +763,6 @@ func (f *followed) ended(outcome Outcome, l *lease) {
 		f.op.Outcome = outcome
 		f.op.Held = time.Since(f.op.AcquiredAt)
 		if f.op.Admitted && l != nil { // when it was followed nothing had happened in it yet
-			last := l.operation(f.op.PID, f.shutdown.pool.settings.queryText.of)
 			f.op.Statement, f.op.summary = last.Statement, last.summary
 			f.op.BatchSize, f.op.StatementStart = last.BatchSize, last.StatementStart
 			f.op.TransactionStart = l.lastTransaction()
