@@ -39,7 +39,7 @@ func read(t testing.TB, reader *sdkmetric.ManualReader) map[string]float64 {
 				text := ""
 				for _, kv := range attrs.ToSlice() {
 					if kv.Key != "db.client.connection.pool.name" {
-						text += fmt.Sprintf("%s=%s", kv.Key, kv.Value.Emit())
+						text += fmt.Sprintf("%s=%s", kv.Key, kv.Value.String())
 					} else if kv.Value.AsString() != "orders" {
 						t.Errorf("%s is of the pool %s", m.Name, kv.Value.AsString())
 					}
