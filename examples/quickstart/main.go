@@ -21,15 +21,16 @@ import (
 
 func main() {
 	longest := flag.Duration("work", 4*time.Second, "how long the longest operation takes; with 1m it has to be ended by force")
+	timeout := flag.Duration("timeout", 10*time.Second, "the whole budget of the shutdown; less than what is left until SIGKILL")
 	flag.Parse()
-	if err := run(*longest); err != nil {
+	if err := run(*longest, *timeout); err != nil {
 		fmt.Fprintln(os.Stderr, "quickstart:", err)
 		os.Exit(1)
 	}
 }
 
 // run returns an error if the service could not start, or could not stop without ending work by force.
-func run(longest time.Duration) (err error) {
+func run(longest, timeout time.Duration) (err error) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	// Never undone: a signal that comes in the last moment must not end the process before its exit code does.
 	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
@@ -49,7 +50,7 @@ func run(longest time.Duration) (err error) {
 		pgxdrain.WithTracerProvider(telemetry.traces),
 		pgxdrain.WithMeterProvider(telemetry.meters),
 		pgxdrain.WithInitialWait(500*time.Millisecond), // behind a load balancer: as long as it takes to notice
-		pgxdrain.WithDrainTimeout(10*time.Second),      // the whole budget; less than what is left until SIGKILL
+		pgxdrain.WithDrainTimeout(timeout),
 	)
 	if err != nil {
 		return err

@@ -85,7 +85,7 @@ func TestQuickstart(t *testing.T) {
 	t.Run("a budget that runs out exits 1", func(t *testing.T) {
 		t.Parallel()
 		dsn := pgtest.Database(t)
-		p := start(t, program, database.WithKey(dsn, "pool_drain_timeout=2s"), "-work=1m")
+		p := start(t, program, dsn, "-timeout=2s", "-work=1m")
 		p.Exits(1)
 		p.forced(dsn)
 	})
