@@ -273,7 +273,7 @@ func (c client) slow(n int, path string) <-chan answer {
 		c.t.Fatal(err)
 	}
 	defer conn.Close(context.Background())
-	waitUntil(c.t, "the requests are in flight", func() bool {
+	process.WaitUntil(c.t, "the requests are in flight", func() bool {
 		var active int
 		if err := conn.QueryRow(c.t.Context(), `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()`).Scan(&active); err != nil {
@@ -351,16 +351,6 @@ func newGate(t *testing.T, dsn string) *gate {
 		}
 	}()
 	return g
-}
-
-// waitUntil waits for something that no event tells of.
-func waitUntil(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	for start := time.Now(); !is(); time.Sleep(20 * time.Millisecond) {
-		if time.Since(start) > time.Minute {
-			t.Fatalf("waited a minute until %s", what)
-		}
-	}
 }
 
 func (a answer) String() string { return fmt.Sprintf("%d %q %v", a.status, a.body, a.err) }

@@ -238,7 +238,7 @@ func TestStress_NoJobIsLostOrRunToItsEndTwiceAcrossTwentyRestarts(t *testing.T) 
 	n := <-inserted
 
 	w := db.launch(program)
-	waitUntil(t, "all jobs are done", func() bool {
+	process.WaitUntil(t, "all jobs are done", func() bool {
 		return db.count("SELECT count(*) FROM river_job WHERE state <> 'completed'") == 0
 	})
 	w.Signal(syscall.SIGTERM)
@@ -363,7 +363,7 @@ func (w *worker) insertInHand(n int, args invoiceArgs) (ids []int64) {
 	for range n {
 		ids = append(ids, w.insert(args))
 	}
-	waitUntil(w.t, "all jobs run", func() bool {
+	process.WaitUntil(w.t, "all jobs run", func() bool {
 		return w.count("SELECT count(*) FROM river_job WHERE state = 'running'") == n
 	})
 	return ids
@@ -407,14 +407,4 @@ func (w *worker) leftNoSession() {
 	w.t.Helper()
 	w.pool.Close()
 	process.WaitNoSession(w.t, w.dsn)
-}
-
-// waitUntil waits for something in the database that no event tells of.
-func waitUntil(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	for start := time.Now(); !is(); time.Sleep(20 * time.Millisecond) {
-		if time.Since(start) > time.Minute {
-			t.Fatalf("waited a minute until %s", what)
-		}
-	}
 }

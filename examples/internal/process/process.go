@@ -173,6 +173,16 @@ func WaitNoSession(t testing.TB, dsn string) {
 	}
 }
 
+// WaitUntil waits for something that no event tells of, for a minute at most.
+func WaitUntil(t testing.TB, what string, is func() bool) {
+	t.Helper()
+	for start := time.Now(); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Since(start) > time.Minute {
+			t.Fatalf("waited a minute until %s", what)
+		}
+	}
+}
+
 // FreePort returns a TCP port of 127.0.0.1 that nobody listened on a moment ago.
 func FreePort(t testing.TB) string {
 	t.Helper()
