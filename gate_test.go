@@ -150,3 +150,23 @@ func TestFinalReportIsWholeThoughTheStepsAreLate(t *testing.T) {
 		t.Errorf("got %v, %+v", err, r)
 	}
 }
+
+// The gate closes between a release and the shutdown's coming to that lease.
+func TestLeaseThatEndsAsTheGateClosesIsReported(t *testing.T) {
+	t.Parallel()
+	pool, err := New(t.Context(), pgtest.Database(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pool.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := pool.tracer.gate.close()
+	conn.Release()
+	left := pool.tracer.gate.count()
+	pool.Pool.Close()
+	if f := pool.shutdown.followed; in != 1 || left != 0 || len(f) != 1 || f[0].op.Outcome != OutcomeDrained {
+		t.Errorf("%d in, %d left; noted: %+v", in, left, f)
+	}
+}
