@@ -373,7 +373,7 @@ func (s *shutdown) cancel() bool {
 	t := s.pool.tracer
 	s.note(func(*Report) { s.step = StepCancel })
 	step := stepTaken{name: "cancel", at: time.Now(), waiting: t.waiting()}
-	t.free(ErrShuttingDown) // first: from now on a lease that begins is followed, under a hold or not
+	t.queue.free() // first: from now on a lease that begins is followed, under a hold or not
 	t.reconcile()
 	s.followAll(true)
 	s.tellStep(step, slog.LevelWarn, "pgxdrain: ending what is left: cancelling")
@@ -518,7 +518,7 @@ func (s *shutdown) makeFinal() error {
 	// If the steps are late, on a machine that has no time for them, they are not to change what is reported now.
 	s.closeGate()
 	t := s.pool.tracer
-	t.free(ErrShuttingDown)
+	t.queue.free()
 	t.reconcile()
 	s.followAll(true)
 	for _, r := range t.records() {
@@ -736,7 +736,7 @@ func (s *shutdown) follow(r *record, l lease, text queryTextFunc, admitted bool)
 // admitted follows a lease that began while the gate was closed because its caller was waiting when it closed. One of a unit of
 // work is left to that until the cancel step.
 func (s *shutdown) admitted(r *record, underHold bool) {
-	if underHold && s.pool.tracer.freed.Err() == nil {
+	if underHold && !s.pool.tracer.queue.freed.Load() {
 		r.setUnderHold()
 		return
 	}

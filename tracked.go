@@ -141,9 +141,7 @@ type tracer struct {
 	shutdown *shutdown     // is told of leases that begin or end while the gate is closed
 	leaks    *leakDetector // nil: off
 
-	// freed is done, with cause ErrShuttingDown, once those that wait for a connection are to be freed.
-	freed context.Context
-	free  context.CancelCauseFunc
+	queue queue // of those that wait for a connection
 
 	mu      sync.Mutex
 	set     []*record            // of the pool's connections that have been acquired once; changes when one comes or goes
@@ -163,14 +161,12 @@ var (
 )
 
 func newTracer(maxConns int32) *tracer {
-	t := &tracer{
+	return &tracer{
 		gate:     newGate(),
 		maxConns: int(maxConns),
 		sockets:  make(map[*socket]struct{}),
 		holds:    make(map[*hold]struct{}),
 	}
-	t.freed, t.free = context.WithCancelCause(context.Background())
-	return t
 }
 
 // composed is a user's tracer with ours.
@@ -219,46 +215,6 @@ func withoutOurs(qt pgx.QueryTracer) pgx.QueryTracer {
 	}
 }
 
-// refusedContext is the context that a refused acquisition goes on with: puddle's Acquire returns the Err of a context that
-// is done before it does anything else. It keeps the values, where a user's tracer may have its span.
-type refusedContext struct {
-	context.Context
-	by *tracer
-}
-
-var done = func() <-chan struct{} {
-	c := make(chan struct{})
-	close(c)
-	return c
-}()
-
-func (refusedContext) Done() <-chan struct{} { return done }
-func (refusedContext) Err() error            { return ErrShuttingDown }
-
-// endableContext is the context of an acquisition that the shutdown may end, which its caller is to know from any other end of
-// its context: one that has to wait for a connection to come back, or one of a unit of work.
-type endableContext struct {
-	context.Context
-	by      *tracer
-	dequeue func() // nil if it does not wait
-}
-
-// queue makes the context of an acquisition that has to wait. puddle's Close leaves those who wait in its semaphore where they
-// are, behind a leaked connection for ever; this way they can be freed.
-func (t *tracer) queue(ctx context.Context) context.Context {
-	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(t.freed, func() { cancel(ErrShuttingDown) })
-	return &endableContext{ctx, t, func() { stop(); cancel(nil) }}
-}
-
-func (c *endableContext) Err() error {
-	err := c.Context.Err()
-	if err != nil && context.Cause(c.Context) == ErrShuttingDown {
-		return ErrShuttingDown
-	}
-	return err
-}
-
 func (t *tracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
 	if pool != t.pool {
 		return ctx
@@ -274,7 +230,7 @@ func (t *tracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pg
 	underHold := held > 0 && t.acquiresUnderHold(ctx, 1)
 	switch {
 	case in > t.maxConns+held:
-		return t.queue(ctx)
+		return &endableContext{Context: ctx, by: t, queue: &t.queue}
 	case underHold:
 		return &endableContext{Context: ctx, by: t}
 	default:
@@ -292,8 +248,8 @@ func (t *tracer) TraceAcquireEnd(ctx context.Context, pool *pgxpool.Pool, data p
 			return
 		}
 	case *endableContext:
-		if c.by == t && c.dequeue != nil {
-			c.dequeue()
+		if c.by == t && c.queue != nil {
+			c.queue.leave(c)
 		}
 	}
 	if t.held.Load() > 0 {
