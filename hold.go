@@ -149,7 +149,7 @@ func (t *tracer) endUnitsOfWork(all bool) {
 	for _, r := range t.records() {
 		if h := t.holdIn(r.lease().ctx); h != nil {
 			r.sever(true)
-			if l := r.lease(); l.leased && l.cut == "" {
+			if l := r.lease(); l.leased && l.cut == uncut {
 				markBusy(h)
 			}
 		}

@@ -35,7 +35,7 @@ func (d *leakDetector) noteAcquirer(ctx context.Context, r *record) {
 	clear(r.stack[:])
 	runtime.Callers(4, r.stack[:]) // from pgxpool's frames on: without Callers, this, acquired and the hook
 	r.mu.Lock()
-	r.current.stack = r.stack
+	r.current.traced = true
 	r.mu.Unlock()
 }
 
@@ -58,12 +58,12 @@ func (d *leakDetector) look(t *tracer) {
 	for _, r := range t.records() {
 		r.mu.Lock()
 		l := &r.current
-		if !r.watch() || l.suspected || l.stack == nil || now()-l.at < d.threshold {
+		if !r.watch() || l.suspected || !l.traced || now()-l.at < d.threshold {
 			r.mu.Unlock()
 			continue
 		}
 		l.suspected = true
-		suspect, frames := *l, *l.stack
+		suspect, frames := *l, *r.stack
 		r.mu.Unlock()
 		op := suspect.operation(r.pid, d.text)
 		d.log().Warn("pgxdrain: connection held for longer than the leak threshold", "threshold", d.threshold,

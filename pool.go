@@ -116,8 +116,8 @@ func NewWithConfig(ctx context.Context, config *pgxpool.Config, opts ...Option) 
 		}
 	}
 	own.BeforeClose = func(conn *pgx.Conn) {
-		if r := t.record(conn); r != nil {
-			t.forget(r) // first: the user's hook may hang
+		if r := t.record(conn); r != nil && (r.socket == nil || r.socket.closed.Load()) {
+			t.forget(r) // any other is forgotten when its socket is closed
 		}
 		if user.BeforeClose != nil {
 			user.BeforeClose(conn)

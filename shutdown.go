@@ -794,7 +794,7 @@ func (f *followed) seen(text queryTextFunc) Operation {
 // lastOutcome is that of an operation which has not ended when the report is made final. What it may have changed is more to
 // know than that its connection is not back.
 func (f *followed) lastOutcome() Outcome {
-	if f.hold == nil && f.record.lease().cut == OutcomeUnknown {
+	if f.hold == nil && f.record.lease().cut == cutUnknown {
 		return OutcomeUnknown
 	}
 	return OutcomeLeaked

@@ -3,29 +3,30 @@ package pgxdrain
 import (
 	"context"
 	"fmt"
-	"maps"
 	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // socket is the net.Conn that a connection was dialed as.
 type socket struct {
 	net.Conn
-	tracer  *tracer
+	record  record
 	attempt *attempt
-	stop    context.CancelFunc // of the dial's context
-	record  atomic.Pointer[record]
+	stop    context.CancelFunc // of the dial's context, until the connection has been made; guarded by the tracer's mutex
+
+	closed  atomic.Bool // by its user
 	severed atomic.Bool
 	told    atomic.Bool // its user has been told that it is severed
 	givenUp atomic.Bool // its user has given up a statement; pgconn is having that cancelled, and closes the connection
 
 	deadline sync.Mutex // held while one is set
-	closing  sync.Once  // once it is severed
+	closing  bool       // because it is severed; guarded by deadline
 }
 
 // attempt is the making of one connection, perhaps by several dials.
@@ -65,14 +66,15 @@ func (t *tracer) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 		}
 
 		ctx, stop := context.WithCancel(ctx)
-		s := &socket{tracer: t, attempt: a, stop: stop}
+		s := &socket{attempt: a, stop: stop}
+		s.record.tracer, s.record.socket = t, s
 		if !t.own(s) {
 			stop()
 			return nil, errNotConnected
 		}
 		conn, err := dial(ctx, network, addr)
 		if err != nil {
-			t.disown(s)
+			t.forget(&s.record)
 			stop()
 			if s.severed.Load() {
 				err = errNotConnected
@@ -97,30 +99,45 @@ func (t *tracer) isSevered() bool {
 // own takes s into the set, unless no connection is to be made any more.
 func (t *tracer) own(s *socket) bool {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.severed {
-		return false
+	severed := t.severed
+	if !severed {
+		t.keep(&s.record)
 	}
-	t.sockets[s] = struct{}{}
-	return true
-}
-
-// disown takes s out of the set: it is closed, or not the pool's any more.
-func (t *tracer) disown(s *socket) {
-	if s == nil {
-		return
+	crowded := len(t.set) > 2*t.maxConns
+	t.mu.Unlock()
+	if crowded { // by connections that were taken over with Hijack
+		t.reconcile()
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.sockets, s)
+	return !severed
 }
 
 // dialed gives s its connection, or reports false if it was severed meanwhile.
 func (s *socket) dialed(conn net.Conn) bool {
-	s.tracer.mu.Lock()
-	defer s.tracer.mu.Unlock()
+	t := s.record.tracer
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	s.Conn = conn
 	return !s.severed.Load()
+}
+
+// connected notes that the connection has been made. The context of the dial has no meaning for it any more; it and those that it
+// was made from are more to keep than the socket.
+func (s *socket) connected(conn *pgx.Conn) {
+	s.record.conn, s.record.pid = conn, conn.PgConn().PID()
+	s.attempt.succeeded.Store(true)
+	s.endDial()
+}
+
+// endDial ends the context of the dial.
+func (s *socket) endDial() {
+	t := s.record.tracer
+	t.mu.Lock()
+	stop := s.stop
+	s.stop = nil
+	t.mu.Unlock()
+	if stop != nil {
+		stop()
+	}
 }
 
 func (s *socket) Read(b []byte) (int, error) {
@@ -155,11 +172,12 @@ func (s *socket) severedError() error {
 }
 
 func (s *socket) Close() error {
-	s.tracer.disown(s)
-	s.stop()
-	if r := s.record.Load(); r != nil {
-		r.awaitCancel()
+	s.closed.Store(true) // first: whoever ends the lease looks at it afterwards
+	if r := &s.record; r.phase.Load() == free {
+		r.tracer.forget(r)
 	}
+	s.endDial()
+	s.record.awaitCancel()
 	if s.severed.Load() {
 		return nil // sever closes it
 	}
@@ -197,26 +215,28 @@ func (s *socket) sever() {
 		s.attempt.quiet.Store(true)
 	}
 	s.severed.Store(true)
-	s.stop()
-	s.tracer.mu.Lock()
+	s.endDial()
+	t := s.record.tracer
+	t.mu.Lock()
 	conn := s.Conn
-	s.tracer.mu.Unlock()
+	t.mu.Unlock()
 	if conn == nil {
 		return
 	}
 	s.deadline.Lock() // who has seen that it is not severed has set theirs
 	_ = conn.SetDeadline(time.Unix(1, 0))
+	closing := s.closing
+	s.closing = true
 	s.deadline.Unlock()
-	s.closing.Do(func() {
-		go func() { // conn is of the user's dialer: its Close may hang
-			if r := s.record.Load(); r != nil {
-				if over := r.cancelUnderWay(); over != nil {
-					<-over
-				}
-			}
-			conn.Close()
-		}()
-	})
+	if closing {
+		return
+	}
+	go func() { // conn is of the user's dialer: its Close may hang
+		if over := s.record.cancelUnderWay(); over != nil {
+			<-over
+		}
+		conn.Close()
+	}()
 }
 
 // severConnecting gives up the connections that are being made, and lets no more be made.
@@ -228,14 +248,7 @@ func (t *tracer) severConnecting() {
 // who wait for one that is being made, or for what is done with one before they get it: the ping after it was idle, and what the
 // user's hooks run. That has to come well before pgxpool is closed, which would give them its own errors.
 func (t *tracer) severUnleased() {
-	t.severSockets(func(s *socket) bool {
-		r := s.record.Load()
-		if r == nil {
-			s.severed.Store(true)
-			r = s.record.Load() // acquired for the first time meanwhile; if it is later, acquired sees that it is severed
-		}
-		return r == nil || r.severUnleased()
-	})
+	t.severSockets(func(s *socket) bool { return s.record.severUnleased() })
 }
 
 // severUnleased marks the connection as severed, or reports false if it is acquired.
@@ -256,10 +269,10 @@ func (t *tracer) severAll() { t.severSockets(func(*socket) bool { return true })
 func (t *tracer) severSockets(which func(*socket) bool) {
 	t.mu.Lock()
 	t.severed = true
-	sockets := slices.Collect(maps.Keys(t.sockets))
+	set := slices.Clone(t.set)
 	t.mu.Unlock()
-	for _, s := range sockets {
-		if which(s) {
+	for _, r := range set {
+		if s := r.socket; s != nil && which(s) {
 			s.sever()
 		}
 	}

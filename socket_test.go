@@ -78,7 +78,7 @@ func TestConnectionSeveredJustBeforeItIsAcquiredIsReportedAsSevered(t *testing.T
 	if conn, err = pool.Acquire(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if got := r.lease().cut; got != OutcomeSevered {
+	if got := r.lease().cut; got != cutSevered {
 		t.Errorf("its outcome is %q", got)
 	}
 	conn.Release()

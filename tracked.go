@@ -144,8 +144,7 @@ type tracer struct {
 	queue queue // of those that wait for a connection
 
 	mu      sync.Mutex
-	set     []*record            // of the pool's connections that have been acquired once; changes when one comes or goes
-	sockets map[*socket]struct{} // of the pool's connections, from the dial to the close; likewise
+	set     []*record // of the pool's connections, from the dial to the close; changes when one comes or goes
 	holds   map[*hold]struct{}
 	severed bool // no connection is made any more
 }
@@ -164,7 +163,6 @@ func newTracer(maxConns int32) *tracer {
 	return &tracer{
 		gate:     newGate(),
 		maxConns: int(maxConns),
-		sockets:  make(map[*socket]struct{}),
 		holds:    make(map[*hold]struct{}),
 	}
 }
@@ -285,7 +283,7 @@ func (t *tracer) TraceBatchStart(ctx context.Context, conn *pgx.Conn, data pgx.T
 	// has no hook.
 	first := data.Batch.QueuedQueries[0]
 	t.statementStarts(conn, statement{
-		kind: batch, parameterised: hasArguments(first.Arguments), sql: first.SQL, batchSize: data.Batch.Len(),
+		kind: batch, parameterised: hasArguments(first.Arguments), sql: first.SQL, batchSize: int32(data.Batch.Len()),
 	})
 	return ctx
 }
@@ -299,9 +297,9 @@ func (t *tracer) TraceBatchEnd(_ context.Context, conn *pgx.Conn, data pgx.Trace
 func (t *tracer) TraceCopyFromStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceCopyFromStartData) context.Context {
 	s := statement{kind: copyFrom} // its text is put together by who wants to see it
 	if n := len(data.TableName); n > 0 {
-		s.table[1] = data.TableName[n-1]
+		s.sql = data.TableName[n-1]
 		if n > 1 {
-			s.table[0] = data.TableName[n-2]
+			s.schema = data.TableName[n-2]
 		}
 	}
 	t.statementStarts(conn, s)
@@ -333,25 +331,36 @@ func (t *tracer) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData
 	if data.Conn == nil {
 		return
 	}
-	if s := socketOf(data.Conn.PgConn().Conn()); s != nil && s.tracer == t {
-		s.attempt.succeeded.Store(true)
+	if s := socketOf(data.Conn.PgConn().Conn()); s != nil && s.record.tracer == t {
+		s.connected(data.Conn)
 	}
 }
 
 // recordKey is the key of a connection's record in its PgConn's CustomData, if the user's AfterNetConnect has hidden its socket.
 const recordKey = "github.com/pgxdrain/pgxdrain"
 
-// record returns the record of conn, or nil if conn is not of t's pool or was never acquired from it.
+// record returns the record of conn, or nil if conn is not of t's pool, or has its socket hidden and was never acquired.
 // The caller must be the one that has the use of conn.
+//
 // The way through the socket is the usual one because it spares the look-up in a map.
 func (t *tracer) record(conn *pgx.Conn) *record {
-	if s := socketOf(conn.PgConn().Conn()); s != nil {
-		if s.tracer != t {
-			return nil
-		}
-		return s.record.Load()
+	s, ok := conn.PgConn().Conn().(*socket)
+	if !ok { // there is TLS on top of it, or something of the user's
+		return t.recordBelow(conn)
 	}
-	r, _ := conn.PgConn().CustomData()[recordKey].(*record)
+	if s.record.tracer != t {
+		return nil
+	}
+	return &s.record
+}
+
+func (t *tracer) recordBelow(conn *pgx.Conn) *record {
+	var r *record
+	if s := socketOf(conn.PgConn().Conn()); s != nil {
+		r = &s.record
+	} else {
+		r, _ = conn.PgConn().CustomData()[recordKey].(*record)
+	}
 	if r == nil || r.tracer != t {
 		return nil
 	}
@@ -385,26 +394,23 @@ func (t *tracer) statementEnds(conn *pgx.Conn, kind statementKind, err error) {
 	}
 }
 
+// newRecord makes the record of a connection whose socket is hidden. Any other has one from the beginning.
 func (t *tracer) newRecord(conn *pgx.Conn) *record {
-	r := &record{tracer: t, conn: conn, pid: conn.PgConn().PID(), socket: socketOf(conn.PgConn().Conn())}
-	if r.socket != nil {
-		r.socket.record.Store(r)
-	} else {
-		conn.PgConn().CustomData()[recordKey] = r
-	}
-
+	r := &record{tracer: t, conn: conn, pid: conn.PgConn().PID()}
+	conn.PgConn().CustomData()[recordKey] = r
 	t.mu.Lock()
-	r.index = len(t.set)
-	t.set = append(t.set, r)
-	crowded := len(t.set) > 2*t.maxConns
+	t.keep(r)
 	t.mu.Unlock()
-	if crowded {
-		t.reconcile()
-	}
 	return r
 }
 
-// forget takes out of the set the record of a connection that is about to be closed or is not the pool's any more.
+// keep takes r into the set. Caller of this method must hold t.mu!
+func (t *tracer) keep(r *record) {
+	r.index = int32(len(t.set))
+	t.set = append(t.set, r)
+}
+
+// forget takes out of the set the record of a connection that is closed, or about to be, or is not the pool's any more.
 func (t *tracer) forget(r *record) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -466,7 +472,6 @@ func (t *tracer) reconcile() {
 	for _, s := range suspects {
 		if s.record.hijacked(s.number) {
 			t.forget(s.record)
-			t.disown(s.record.socket)
 			t.gate.leave()
 		}
 	}
@@ -555,24 +560,24 @@ func elem(t reflect.Type) reflect.Type {
 	return t
 }
 
-// record is what is known of one connection. It is made when the connection is first acquired and reused for its life, so
-// that nothing is allocated for an acquisition or a statement.
+// record is what is known of one connection, for the whole of its life, so that nothing is allocated for an acquisition or a
+// statement. It is a part of the connection's socket. The fields are in the order of their size: there may be many of it.
 type record struct {
 	tracer *tracer
+	socket *socket // nil if the user's AfterNetConnect has hidden it
 	conn   *pgx.Conn
 	pid    uint32
-	socket *socket // nil if the user's AfterNetConnect has hidden it
-	index  int     // in the tracer's set, guarded by its mutex; -1 once out of it
+	index  int32 // in the tracer's set, guarded by its mutex; -1 once out of it
 
-	phase      atomic.Uint32
-	mu         sync.Mutex
-	current    lease // zero while the phase is free
-	leases     uint32
-	cancelling chan struct{} // while a cancel request is under way: closed at its end
+	phase  atomic.Uint32
+	leases uint32
+	mu     sync.Mutex
 
-	cancelPending atomic.Bool // a cancel request is under way or about to be
+	cancelling    chan struct{} // while a cancel request is under way: closed at its end
+	stack         *stack        // for leak detection; made with the first lease that needs it
+	cancelPending atomic.Bool   // a cancel request is under way or about to be
 
-	stack *stack // for leak detection; made with the first lease that needs it
+	current lease // zero while the phase is free
 }
 
 // The phases of a record. An acquisition and a release that nobody looks at take no lock, two atomic operations instead of four:
@@ -593,36 +598,46 @@ func (r *record) watch() bool {
 
 // lease is one use of a connection, from its acquisition to its release. Its times are by the clock of now.
 type lease struct {
-	leased bool
-	number uint32          // tells a connection's leases apart
-	ctx    context.Context // the caller's, for its span
-	at     time.Duration
+	ctx context.Context // the caller's, for its span
+	at  time.Duration
 
 	statement
 	statementStart   time.Duration
-	running          bool          // the statement; otherwise it is the last one
-	tx               byte          // I, T or E: as the server said at the end of the last statement
 	transactionStart time.Duration // of the last one, if tx is I
+	followed         *followed     // set while a shutdown waits for the lease to end
+
+	number  uint32 // tells a connection's leases apart
+	leased  bool
+	running bool // the statement; otherwise it is the last one
+	tx      byte // I, T or E: as the server said at the end of the last statement
 
 	// Of leak detection.
-	stack     *stack // of the caller that acquired it
-	suspected bool   // it has been held for longer than the threshold, and that was logged
+	traced    bool // the record's stack is of the caller that acquired it
+	suspected bool // it has been held for longer than the threshold, and that was logged
 
 	// Of a shutdown.
-	followed    *followed // set while it waits for the lease to end
-	underHold   bool      // and waits for a hold instead, however many leases that takes
-	cancelAsked bool      // it has sent a cancel request
-	cancelled   bool      // and a statement was cancelled
-	cut         Outcome   // severed or unknown, once it has closed the socket
+	underHold   bool // it waits for a hold instead, however many leases that takes
+	cancelAsked bool // it has sent a cancel request
+	cancelled   bool // and a statement was cancelled
+	cut         severance
 }
+
+// severance is what has become of a lease's operation because a shutdown has closed its socket.
+type severance uint8
+
+const (
+	uncut severance = iota // it has not
+	cutSevered
+	cutUnknown
+)
 
 // statement is what a hook told of a statement.
 type statement struct {
 	kind          statementKind
 	parameterised bool // it was executed with arguments
-	sql           string
-	table         [2]string // of a COPY: schema and table
-	batchSize     int
+	batchSize     int32
+	sql           string // of a COPY: the table's name
+	schema        string // and its schema's, if that was named
 }
 
 // statementKind says by which of pgx's hooks a statement began, and so by which it ends.
@@ -658,7 +673,7 @@ func (r *record) acquired(ctx context.Context) {
 
 // cutNow notes that the socket of the current lease, if there is one, is severed. Caller of this method must hold r.mu!
 func (r *record) cutNow() {
-	if l := &r.current; r.watch() && l.cut == "" {
+	if l := &r.current; r.watch() && l.cut == uncut {
 		l.cut = l.cutOff()
 	}
 }
@@ -680,8 +695,8 @@ func (r *record) release() {
 	if !ok {
 		return
 	}
-	if ended.cut == "" && r.socket != nil && r.socket.told.Load() {
-		ended.cut = OutcomeSevered // after its last statement, whose answer was there: it listened
+	if ended.cut == uncut && r.socket != nil && r.socket.told.Load() {
+		ended.cut = cutSevered // after its last statement, whose answer was there: it listened
 	}
 	if ended.suspected {
 		t.leaks.cameBack(r.pid, &ended)
@@ -713,8 +728,8 @@ func (r *record) statementStarts(s statement) {
 	}
 	// A query or a COPY that has to be prepared first calls the prepare hooks from within its own.
 	if l := &r.current; l.leased && !(s.kind == prepare && l.running) {
-		if l.cut == "" && r.socket != nil && r.socket.severed.Load() {
-			l.cut = OutcomeSevered // during the statement before this one, whose answer was there already
+		if l.cut == uncut && r.socket != nil && r.socket.severed.Load() {
+			l.cut = cutSevered // during the statement before this one, whose answer was there already
 		}
 		l.statement, l.statementStart, l.running = s, at, true
 	}
@@ -834,7 +849,7 @@ func (l *lease) lastTransaction() time.Time {
 func (l *lease) ended(tx byte, err error) {
 	l.running = false
 	l.setTx(tx, l.statementStart)
-	if l.cancelAsked || l.cut != "" {
+	if l.cancelAsked || l.cut != uncut {
 		l.answered(err)
 	}
 }
@@ -847,10 +862,10 @@ func (l *lease) answered(err error) {
 	if l.cancelAsked && pgErr != nil && pgErr.Code == queryCanceled {
 		l.cancelled = true
 	}
-	if l.cut == OutcomeUnknown && byServer { // the answer was there before the socket was closed
-		l.cut = ""
+	if l.cut == cutUnknown && byServer { // the answer was there before the socket was closed
+		l.cut = uncut
 		if l.tx != 'I' {
-			l.cut = OutcomeSevered
+			l.cut = cutSevered
 		}
 	}
 }
@@ -861,8 +876,10 @@ const queryCanceled = "57014"
 // outcome is that of a lease that a shutdown followed and that has been released.
 func (l *lease) outcome() Outcome {
 	switch {
-	case l.cut != "":
-		return l.cut
+	case l.cut == cutSevered:
+		return OutcomeSevered
+	case l.cut == cutUnknown:
+		return OutcomeUnknown
 	case l.cancelled:
 		return OutcomeCancelled
 	default:
@@ -885,7 +902,7 @@ func (l *lease) operation(pid uint32, text queryTextFunc) Operation {
 		State:          l.state(),
 		Statement:      shown.text,
 		summary:        shown.summary,
-		BatchSize:      l.batchSize,
+		BatchSize:      int(l.batchSize),
 		AcquiredAt:     at(l.at),
 		StatementStart: at(l.statementStart),
 		Held:           clock - l.at,
@@ -899,7 +916,7 @@ func (l *lease) operation(pid uint32, text queryTextFunc) Operation {
 
 func (l *lease) state() State {
 	switch {
-	case l.running && l.tx == 'T' && endsTransaction(l.sql):
+	case l.running && l.tx == 'T' && endsTransaction(l.command()):
 		return StateCommitting
 	case l.running:
 		return StateActive
@@ -916,24 +933,32 @@ func (s *statement) text() string {
 	if s.kind != copyFrom {
 		return s.sql
 	}
-	table := pgx.Identifier(s.table[:])
-	if s.table[0] == "" {
+	table := pgx.Identifier{s.schema, s.sql}
+	if s.schema == "" {
 		table = table[1:]
 	}
 	return "copy " + table.Sanitize() + " from stdin"
 }
 
+// command is the text that was sent, empty for a COPY, which ends no transaction.
+func (s *statement) command() string {
+	if s.kind == copyFrom {
+		return ""
+	}
+	return s.sql
+}
+
 // mayEndTransaction reports whether the statement in progress may have a COMMIT in it, at its beginning or further on.
 func (l *lease) mayEndTransaction() bool {
-	return l.kind == batch || endsTransaction(l.sql) || strings.Contains(l.sql, ";")
+	return l.kind == batch || endsTransaction(l.command()) || strings.Contains(l.command(), ";")
 }
 
 // rollsBack reports whether the statement in progress is a ROLLBACK and nothing more.
 func (l *lease) rollsBack() bool {
-	if l.kind == batch || strings.Contains(strings.TrimRight(l.sql, "; \t\n"), ";") {
+	if l.kind == batch || strings.Contains(strings.TrimRight(l.command(), "; \t\n"), ";") {
 		return false
 	}
-	first, _ := firstWords(l.sql)
+	first, _ := firstWords(l.command())
 	return first == "rollback" || first == "abort"
 }
 
@@ -986,7 +1011,7 @@ func (r *record) cancellable() bool {
 // cancellable reports whether there is a statement that a cancel request may end. A ROLLBACK, too, is left alone: it is over at
 // once, and to cancel it only fails it for its caller.
 func (l *lease) cancellable() bool {
-	return l.leased && l.running && l.cut == "" && l.state() != StateCommitting && !l.rollsBack()
+	return l.leased && l.running && l.cut == uncut && l.state() != StateCommitting && !l.rollsBack()
 }
 
 // cancelUnderWay returns what is closed when the cancel request that is under way is over, or nil if none is.
@@ -1013,7 +1038,7 @@ func (r *record) awaitCancel() {
 func (r *record) sever(onlyIdle bool) {
 	r.mu.Lock()
 	l := &r.current
-	if !r.watch() || l.cut != "" || onlyIdle && l.running {
+	if !r.watch() || l.cut != uncut || onlyIdle && l.running {
 		r.mu.Unlock()
 		return
 	}
@@ -1032,13 +1057,13 @@ func (r *record) sever(onlyIdle bool) {
 }
 
 // cutOff is what becomes of an operation whose socket is closed now.
-func (l *lease) cutOff() Outcome {
+func (l *lease) cutOff() severance {
 	switch {
 	case !l.running || l.kind == prepare:
-		return OutcomeSevered
+		return cutSevered
 	case l.tx == 'I' || l.mayEndTransaction():
-		return OutcomeUnknown
+		return cutUnknown
 	default:
-		return OutcomeSevered
+		return cutSevered
 	}
 }
