@@ -101,6 +101,17 @@ func (t *tracer) longestHeld() time.Duration {
 // recordShutdown records a shutdown from its final report, and observes the pool no more. It may hang as long as a reader's
 // collection does.
 func (m *metrics) recordShutdown(ctx context.Context, r *Report, err error) {
+	if m.duration.Enabled(ctx) { // with a provider that records nothing there is no need to put it together
+		m.record(ctx, r, err)
+	}
+	if m.observing != nil {
+		if err := m.observing.Unregister(); err != nil {
+			otel.Handle(err)
+		}
+	}
+}
+
+func (m *metrics) record(ctx context.Context, r *Report, err error) {
 	name := semconv.DBClientConnectionPoolName(r.Pool)
 	for _, by := range []struct {
 		outcome Outcome
@@ -117,9 +128,4 @@ func (m *metrics) recordShutdown(ctx context.Context, r *Report, err error) {
 		took = append(took, semconv.ErrorTypeKey.String(errorType(r)))
 	}
 	m.duration.Record(ctx, r.Took.Seconds(), metric.WithAttributes(took...))
-	if m.observing != nil {
-		if err := m.observing.Unregister(); err != nil {
-			otel.Handle(err)
-		}
-	}
 }

@@ -82,6 +82,9 @@ func traceShutdown(ctx context.Context, s *settings, r *Report, err error) {
 			attribute.Int("pgxdrain.leaked", r.Leaked),
 		))
 	defer span.End(trace.WithTimestamp(end))
+	if !span.IsRecording() { // then nothing below it is, and there is no need to put it together
+		return
+	}
 	if err != nil {
 		span.SetStatus(codes.Error, err.Error())
 		span.SetAttributes(semconv.ErrorTypeKey.String(errorType(r)))

@@ -222,6 +222,7 @@ type shutdown struct {
 	overdue  *alarm // Shutdown returns, although a log handler or a span processor does not
 
 	cancels     sync.WaitGroup // cancel requests under way
+	asked       bool           // one was begun; run's own
 	cancelsOver chan struct{}  // closed when nobody is to wait for them any more: what they are of has left, or is severed
 
 	ctx context.Context // of the call that began it, for its values; never done
@@ -320,7 +321,7 @@ func (s *shutdown) run() {
 func (s *shutdown) stopBeingReady() {
 	s.note(func(*Report) { s.step = StepUnready })
 	s.unready(ErrShuttingDown)
-	s.tellStep(stepTaken{name: "unready", at: time.Now(), waiting: s.pool.tracer.waiting()},
+	s.tellStep(s.found(stepTaken{name: "unready", at: time.Now(), waiting: s.pool.tracer.waiting()}),
 		slog.LevelInfo, "pgxdrain: shutting down, no longer ready")
 	<-s.refuseAt.rang
 }
@@ -329,7 +330,7 @@ func (s *shutdown) stopBeingReady() {
 func (s *shutdown) refuse() {
 	s.closeGate()
 	r := s.report()
-	s.tellStep(stepTaken{name: "refuse", at: r.RefusedAt, waiting: r.Waiting},
+	s.tellStep(s.found(stepTaken{name: "refuse", at: r.RefusedAt, waiting: r.Waiting}),
 		slog.LevelInfo, "pgxdrain: draining, new work is refused")
 }
 
@@ -376,7 +377,7 @@ func (s *shutdown) cancel() bool {
 	t.queue.free() // first: from now on a lease that begins is followed, under a hold or not
 	t.reconcile()
 	s.followAll(true)
-	s.tellStep(step, slog.LevelWarn, "pgxdrain: ending what is left: cancelling")
+	s.tellStep(s.found(step), slog.LevelWarn, "pgxdrain: ending what is left: cancelling")
 
 	t.severUnleased()
 	for _, h := range t.unitsOfWork() {
@@ -411,6 +412,7 @@ func (s *shutdown) cancelStatement(ctx context.Context, r *record, slots chan st
 	if !r.cancellable() || !r.cancelPending.CompareAndSwap(false, true) {
 		return
 	}
+	s.asked = true
 	s.cancels.Go(func() {
 		defer r.cancelPending.Store(false)
 		select {
@@ -429,7 +431,7 @@ func (s *shutdown) sever() {
 	s.note(func(*Report) { s.step = StepSever })
 	t.reconcile()
 	s.followAll(true)
-	s.tellStep(stepTaken{name: "sever", at: time.Now(), waiting: t.waiting()}, slog.LevelWarn, "pgxdrain: severing what is left")
+	s.tellStep(s.found(stepTaken{name: "sever", at: time.Now(), waiting: t.waiting()}), slog.LevelWarn, "pgxdrain: severing what is left")
 	for _, r := range t.records() {
 		r.sever(false)
 	}
@@ -449,7 +451,7 @@ func (s *shutdown) sever() {
 func (s *shutdown) close() {
 	t := s.pool.tracer
 	s.note(func(*Report) { s.step = StepClose })
-	s.tellStep(stepTaken{name: "close", at: time.Now(), waiting: t.waiting()}, slog.LevelInfo, "pgxdrain: closing the pool")
+	step := s.found(stepTaken{name: "close", at: time.Now(), waiting: t.waiting()})
 	close(s.cancelsOver)
 	t.severConnecting() // nobody is to use them
 	s.awaitWaiting()
@@ -459,6 +461,7 @@ func (s *shutdown) close() {
 		defer close(closed)
 		s.pool.Pool.Close()
 	}()
+	s.tellStep(step, slog.LevelInfo, "pgxdrain: closing the pool") // while the server ends the sessions
 	inTime := false
 	select {
 	case <-closed:
@@ -474,6 +477,9 @@ func (s *shutdown) close() {
 // awaitWaiting gives the callers that were freed the time to leave: to whom pgxpool's Close meets on the way to a connection it
 // gives an error of its own. It could not return before they have left either.
 func (s *shutdown) awaitWaiting() {
+	if s.pool.tracer.waiting() == 0 {
+		return
+	}
 	look := time.NewTicker(time.Millisecond)
 	defer look.Stop()
 	for s.pool.tracer.waiting() > 0 {
@@ -488,6 +494,9 @@ func (s *shutdown) awaitWaiting() {
 
 // awaitCancels waits until no cancel request is under way, or the deadline is there. What is left of them then goes on by itself.
 func (s *shutdown) awaitCancels() {
+	if !s.asked {
+		return
+	}
 	over := make(chan struct{})
 	go func() {
 		defer close(over)
@@ -816,12 +825,17 @@ func (s *shutdown) tell(f func(*slog.Logger)) {
 	}
 }
 
-// tellStep notes a step that begins and tells of it.
-func (s *shutdown) tellStep(step stepTaken, level slog.Level, message string) {
+// found completes what a step that begins has found, and notes it.
+func (s *shutdown) found(step stepTaken) stepTaken {
 	r := s.report()
 	step.remaining = len(r.Remaining())
 	step.connections = int(s.pool.Stat().TotalConns())
 	s.note(func(r *Report) { r.steps = append(r.steps, step) })
+	return step
+}
+
+func (s *shutdown) tellStep(step stepTaken, level slog.Level, message string) {
+	r := s.report()
 	s.tell(func(log *slog.Logger) {
 		log.Log(s.ctx, level, message, "step", step.name, "remaining", step.remaining, "waiting", step.waiting,
 			"connections", step.connections, "left", r.left())

@@ -89,6 +89,7 @@ func drainEnd(conns int) Case {
 			if err != nil {
 				return Figures{}, err
 			}
+			time.Sleep(asleep)
 			return Measure(1, func() error {
 				last.Release()
 				pool.Close()
@@ -114,6 +115,9 @@ func drainEnd(conns int) Case {
 	}}
 }
 
+// asleep is how long it is quiet before the last release, until goroutines, threads and cores have gone to sleep.
+const asleep = 5 * time.Millisecond
+
 // lastOf makes so many connections and releases all but one.
 func lastOf(ctx context.Context, pool *pgxpool.Pool, conns int) (*pgxpool.Conn, error) {
 	var last *pgxpool.Conn
@@ -137,7 +141,7 @@ func drain(pool *pgxdrain.Pool) (result <-chan error) {
 	for pool.Report().Step != pgxdrain.StepDrain {
 		time.Sleep(100 * time.Microsecond)
 	}
-	time.Sleep(5 * time.Millisecond) // until its goroutines have gone to sleep
+	time.Sleep(asleep)
 	return returned
 }
 
