@@ -660,15 +660,20 @@ func now() time.Duration { return time.Since(epoch) }
 func (r *record) acquired(ctx context.Context) {
 	r.leases++
 	l := &r.current // zero: setting what is not is half the time of writing it whole
-	l.leased, l.number, l.ctx, l.at, l.tx = true, r.leases, ctx, now(), 'I'
-	l.setTx(r.conn.PgConn().TxStatus(), l.at) // a PrepareConn hook may have begun a transaction
-	r.phase.Store(leased)
-
-	if r.socket != nil && r.socket.severed.Load() { // by severUnleased, just before
-		r.mu.Lock()
-		r.cutNow()
-		r.mu.Unlock()
+	l.leased, l.number, l.ctx, l.at = true, r.leases, ctx, now()
+	if l.tx = r.conn.PgConn().TxStatus(); l.tx != 'I' { // a PrepareConn hook has begun a transaction
+		l.transactionStart = l.at
 	}
+	r.phase.Store(leased)
+	if r.socket != nil && r.socket.severed.Load() { // by severUnleased, just before
+		r.cutJustBefore()
+	}
+}
+
+func (r *record) cutJustBefore() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cutNow()
 }
 
 // cutNow notes that the socket of the current lease, if there is one, is severed. Caller of this method must hold r.mu!
