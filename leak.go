@@ -65,7 +65,7 @@ func (d *leakDetector) look(t *tracer) {
 		l.suspected = true
 		suspect, frames := *l, *r.stack
 		r.mu.Unlock()
-		op := suspect.operation(r.pid, d.text)
+		op := suspect.operation(r.pid, lookNow(d.text))
 		d.log().Warn("pgxdrain: connection held for longer than the leak threshold", "threshold", d.threshold,
 			"held", op.Held.Round(time.Millisecond), "pid", op.PID, "state", op.State, "statement", op.Statement,
 			"acquired_by", frames.String())

@@ -4,6 +4,8 @@ import (
 	"context"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
@@ -69,28 +71,43 @@ func made[T any](instrument T, err error) T {
 	return instrument
 }
 
-// observe is called when a reader collects. It holds up an acquisition for no longer than pgxpool's Stat does.
+// observe is called when a reader collects. It holds up no acquisition for longer than it takes to look at a few connections.
 func (m *metrics) observe(_ context.Context, o metric.Observer) error {
-	stat := m.pool.Stat()
-	o.ObserveInt64(m.connections.Inst(), int64(stat.AcquiredConns()), m.used)
-	o.ObserveInt64(m.connections.Inst(), int64(stat.IdleConns()), m.idle)
-	o.ObserveInt64(m.max.Inst(), int64(stat.MaxConns()), m.attrs)
+	used, idle := connectionCounts(m.pool.Pool)
+	o.ObserveInt64(m.connections.Inst(), used, m.used)
+	o.ObserveInt64(m.connections.Inst(), idle, m.idle)
+	o.ObserveInt64(m.max.Inst(), int64(m.pool.user.MaxConns), m.attrs)
 	o.ObserveInt64(m.idleMin.Inst(), int64(m.pool.user.MinIdleConns), m.attrs)
 	t := m.pool.tracer
-	t.reconcile()
+	uses := t.reconcile()
 	o.ObserveInt64(m.pending.Inst(), int64(t.waiting()), m.attrs)
-	o.ObserveFloat64(m.longestHeld, t.longestHeld().Seconds(), m.attrs)
+	o.ObserveFloat64(m.longestHeld, t.longestHeld(uses).Seconds(), m.attrs)
 	return nil
 }
 
-// longestHeld is how long the operation that is held the longest has been held, 0 if there is none.
-func (t *tracer) longestHeld() time.Duration {
+// connectionCounts is what pgxpool's Stat tells, which holds up acquisitions for as long as it takes to count all connections.
+func connectionCounts(pool *pgxpool.Pool) (used, idle int64) {
+	counted := eachConnection(pool, aFew, func(status byte, _ *pgx.Conn) {
+		switch status {
+		case statusAcquired:
+			used++
+		case statusIdle:
+			idle++
+		}
+	})
+	if !counted {
+		stat := pool.Stat()
+		return int64(stat.AcquiredConns()), int64(stat.IdleConns())
+	}
+	return used, idle
+}
+
+// longestHeld is how long the longest held of uses and of the units of work has been held, 0 if there is none.
+func (t *tracer) longestHeld(uses []use) time.Duration {
 	at := now()
 	oldest := at
-	for _, r := range t.records() {
-		if l := r.lease(); l.leased {
-			oldest = min(oldest, l.at)
-		}
+	for _, u := range uses {
+		oldest = min(oldest, u.at)
 	}
 	for _, h := range t.unitsOfWork() {
 		oldest = min(oldest, h.at)

@@ -156,19 +156,38 @@ func (p *Pool) Close() {
 // Active returns the operations in progress: the connections that are acquired, each with its statement and its transaction,
 // the longest held first. It is a snapshot; each entry is consistent in itself. Callers that still wait for a connection
 // have none; [Report.Waiting] counts them. A connection that was taken over with Hijack is its caller's own and is left out.
-func (p *Pool) Active() []Operation {
-	p.tracer.reconcile()
-	return p.active()
-}
+func (p *Pool) Active() []Operation { return p.operations(p.tracer.reconcile()) }
 
-func (p *Pool) active() []Operation {
-	records, holds := p.tracer.records(), p.tracer.unitsOfWork()
-	ops := make([]Operation, 0, len(records)+len(holds))
-	text := p.settings.queryText.cached()
-	for _, r := range records {
-		if op, ok := r.operation(text); ok {
-			ops = append(ops, op)
+// operations describes uses and the units of work of this moment, the longest held first.
+//
+// The uses are sorted first, because an Operation is 216 bytes to move about and to give to a comparison, but described in the
+// order of the set, which is that of the memory: each of the two took half the time of a look at 10,000.
+func (p *Pool) operations(uses []use) []Operation {
+	order := make([]int32, len(uses))
+	for i := range order {
+		order[i] = int32(i)
+	}
+	slices.SortFunc(order, func(a, b int32) int {
+		ua, ub := &uses[a], &uses[b]
+		if ua.at != ub.at {
+			return cmp.Compare(ua.at, ub.at)
 		}
+		return cmp.Compare(ua.record.pid, ub.record.pid)
+	})
+	place := make([]int32, len(uses)) // among the operations
+	for i, u := range order {
+		place[u] = int32(i)
+	}
+
+	holds := p.tracer.unitsOfWork()
+	ops := make([]Operation, len(uses), len(uses)+len(holds))
+	at := lookNow(p.settings.queryText.cached())
+	for i, u := range uses {
+		ops[place[i]] = u.record.operation(u.number, at)
+	}
+	ops = slices.DeleteFunc(ops, func(op Operation) bool { return op.State == "" }) // it has ended since
+	if len(holds) == 0 {
+		return ops
 	}
 	for _, h := range holds {
 		ops = append(ops, h.operation())
@@ -176,24 +195,11 @@ func (p *Pool) active() []Operation {
 	return longestHeldFirst(ops)
 }
 
-// longestHeldFirst returns ops sorted. It sorts what they are sorted by: an Operation is 216 bytes to move about and to give to a
-// comparison, which took half the time of a look at 10,000.
 func longestHeldFirst(ops []Operation) []Operation {
-	type key struct {
-		acquired time.Duration // since epoch
-		pid      uint32
-		at       int32 // in ops
-	}
-	keys := make([]key, len(ops))
-	for i := range ops {
-		keys[i] = key{ops[i].AcquiredAt.Sub(epoch), ops[i].PID, int32(i)}
-	}
-	slices.SortFunc(keys, func(a, b key) int { return cmp.Or(cmp.Compare(a.acquired, b.acquired), cmp.Compare(a.pid, b.pid)) })
-	sorted := make([]Operation, len(ops))
-	for i, k := range keys {
-		sorted[i] = ops[k.at]
-	}
-	return sorted
+	slices.SortFunc(ops, func(a, b Operation) int {
+		return cmp.Or(a.AcquiredAt.Compare(b.AcquiredAt), cmp.Compare(a.PID, b.PID))
+	})
+	return ops
 }
 
 // Draining returns a channel that is closed when Shutdown or Close is called: before the gate closes, while the initial

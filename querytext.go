@@ -65,13 +65,22 @@ func (q QueryText) cached() queryTextFunc {
 		parameterised bool
 	}
 	seen := make(map[statement]queryText)
+	var last statement
+	var lastShown queryText
 	return func(sql string, parameterised bool) queryText {
 		s := statement{sql, parameterised}
+		if sql == "" {
+			return queryText{}
+		}
+		if s == last {
+			return lastShown
+		}
 		shown, ok := seen[s]
 		if !ok {
 			shown = q.of(sql, parameterised)
 			seen[s] = shown
 		}
+		last, lastShown = s, shown
 		return shown
 	}
 }

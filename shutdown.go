@@ -533,12 +533,12 @@ func (s *shutdown) makeFinal() error {
 	for _, r := range t.records() {
 		r.sever(false)
 	}
-	text := s.pool.settings.queryText.cached()
+	at := lookNow(s.pool.settings.queryText.cached())
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, f := range s.followed {
 		if f.op.Outcome == "" && !f.hijacked {
-			f.op = f.seen(text)
+			f.op = f.seen(at)
 			f.op.Outcome = f.lastOutcome()
 		}
 	}
@@ -603,12 +603,12 @@ func (s *shutdown) reportLocked() Report {
 	}
 	if r.RefusedAt.IsZero() {
 		r.Waiting = s.pool.tracer.waiting()
-		r.Operations = s.pool.active()
+		r.Operations = s.pool.operations(s.pool.tracer.uses())
 		r.Active = len(r.Operations)
 		return r
 	}
 	r.Refused = s.pool.tracer.refused.Load()
-	text := s.pool.settings.queryText.cached()
+	at := lookNow(s.pool.settings.queryText.cached())
 	notWaiting := 0
 	for _, f := range s.followed {
 		if !f.op.Admitted {
@@ -622,7 +622,7 @@ func (s *shutdown) reportLocked() Report {
 		default:
 			r.Active++
 		}
-		r.Operations = append(r.Operations, f.seen(text))
+		r.Operations = append(r.Operations, f.seen(at))
 	}
 	r.Waiting = s.inAtFlip - notWaiting
 	r.Operations = longestHeldFirst(r.Operations)
@@ -717,9 +717,9 @@ type followed struct {
 
 // followAll begins to follow all that is in progress and is not followed already.
 func (s *shutdown) followAll(admitted bool) {
-	text := s.pool.settings.queryText.cached()
+	at := lookNow(s.pool.settings.queryText.cached())
 	for _, r := range s.pool.tracer.records() {
-		s.follow(r, r.lease(), text, admitted)
+		s.follow(r, r.lease(), at, admitted)
 	}
 	for _, h := range s.pool.tracer.unitsOfWork() {
 		f := &followed{shutdown: s, hold: h, op: h.operation()}
@@ -731,11 +731,11 @@ func (s *shutdown) followAll(admitted bool) {
 }
 
 // follow begins to follow the lease l of r, unless that is none, is over, or is followed already.
-func (s *shutdown) follow(r *record, l lease, text queryTextFunc, admitted bool) {
+func (s *shutdown) follow(r *record, l lease, at look, admitted bool) {
 	if !l.leased || l.followed != nil {
 		return
 	}
-	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, text)}
+	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, at)}
 	f.op.Admitted = admitted
 	if r.attach(f) {
 		s.note(func(*Report) { s.followed = append(s.followed, f) })
@@ -749,12 +749,12 @@ func (s *shutdown) admitted(r *record, underHold bool) {
 		r.setUnderHold()
 		return
 	}
-	s.follow(r, r.lease(), s.pool.settings.queryText.of, true)
+	s.follow(r, r.lease(), lookNow(s.pool.settings.queryText.of), true)
 }
 
 // missed notes a lease that was there when the gate closed and has ended before refuse came to it.
 func (s *shutdown) missed(r *record, l *lease) {
-	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, s.pool.settings.queryText.of)}
+	f := &followed{shutdown: s, record: r, lease: l.number, op: l.operation(r.pid, lookNow(s.pool.settings.queryText.of))}
 	s.note(func(*Report) { s.followed = append(s.followed, f) })
 	f.ended(OutcomeDrained, l)
 }
@@ -763,7 +763,7 @@ func (s *shutdown) missed(r *record, l *lease) {
 func (f *followed) ended(outcome Outcome, l *lease) {
 	var last Operation
 	if l != nil { // not under the mutex: the text is taken apart
-		last = l.operation(f.record.pid, f.shutdown.pool.settings.queryText.of)
+		last = l.operation(f.record.pid, lookNow(f.shutdown.pool.settings.queryText.of))
 	}
 	f.shutdown.note(func(*Report) {
 		if f.op.Outcome != "" {
@@ -785,7 +785,7 @@ func (f *followed) lost() {
 }
 
 // seen is f as it is now, or as it ended. Caller of this method must hold the shutdown's mutex!
-func (f *followed) seen(text queryTextFunc) Operation {
+func (f *followed) seen(at look) Operation {
 	switch {
 	case f.op.Outcome != "":
 		return f.op
@@ -794,7 +794,7 @@ func (f *followed) seen(text queryTextFunc) Operation {
 	}
 	op := f.op
 	if l := f.record.lease(); l.leased && l.number == f.lease {
-		op = l.operation(f.record.pid, text)
+		op = l.operation(f.record.pid, at)
 		op.Admitted = f.op.Admitted
 	}
 	return op

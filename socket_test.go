@@ -84,3 +84,61 @@ func TestConnectionSeveredJustBeforeItIsAcquiredIsReportedAsSevered(t *testing.T
 	conn.Release()
 	pool.Pool.Close()
 }
+
+// What the pool keeps of its connections neither lacks one nor grows, however a connection goes.
+func TestSetIsOfThePoolsConnections(t *testing.T) {
+	t.Parallel()
+	terminate := func(t *testing.T, conn *pgxpool.Conn) {
+		if _, err := conn.Exec(t.Context(), "select pg_terminate_backend(pg_backend_pid())"); err == nil {
+			t.Error("terminated without an error")
+		}
+	}
+	for name, use := range map[string]func(t *testing.T, conn *pgxpool.Conn){
+		"released":            func(_ *testing.T, conn *pgxpool.Conn) { conn.Release() },
+		"in a transaction":    func(t *testing.T, conn *pgxpool.Conn) { conn.Exec(t.Context(), "begin"); conn.Release() },
+		"closed":              func(t *testing.T, conn *pgxpool.Conn) { conn.Conn().Close(t.Context()); conn.Release() },
+		"terminated":          func(t *testing.T, conn *pgxpool.Conn) { terminate(t, conn); conn.Release() },
+		"hijacked and closed": func(t *testing.T, conn *pgxpool.Conn) { conn.Hijack().Close(t.Context()) },
+		"hijacked and kept": func(t *testing.T, conn *pgxpool.Conn) {
+			c := conn.Hijack()
+			t.Cleanup(func() { c.Close(context.Background()) })
+		},
+		"given up": func(t *testing.T, conn *pgxpool.Conn) {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+			defer cancel()
+			conn.Exec(ctx, "select pg_sleep(60)")
+			conn.Release()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pool, err := New(t.Context(), pgtest.Database(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer pool.Close()
+			for range 3 {
+				conn, err := pool.Acquire(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if uses := pool.tracer.reconcile(); len(uses) != 1 {
+					t.Fatalf("%d leases of one connection", len(uses))
+				}
+				use(t, conn)
+			}
+			deadline := time.Now().Add(10 * time.Second)
+			for {
+				pool.tracer.reconcile()
+				used, idle := connectionCounts(pool.Pool)
+				stat := pool.Stat()
+				if kept := len(pool.tracer.records()); kept == int(stat.TotalConns()) && int(used+idle) == kept {
+					return
+				} else if time.Now().After(deadline) {
+					t.Fatalf("kept %d, counted %d used and %d idle, of %d", kept, used, idle, stat.TotalConns())
+				}
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+}

@@ -432,14 +432,31 @@ func (t *tracer) records() []*record {
 	return slices.Clone(t.set)
 }
 
+// use is a lease as a look has found it.
+type use struct {
+	record *record
+	number uint32
+	at     time.Duration // it began
+}
+
+// uses returns the leases of this moment.
+func (t *tracer) uses() []use {
+	records := t.records()
+	uses := make([]use, 0, len(records))
+	for _, r := range records {
+		r.mu.Lock()
+		if r.watch() {
+			uses = append(uses, use{r, r.current.number, r.current.at})
+		}
+		r.mu.Unlock()
+	}
+	return uses
+}
+
 // waiting counts the callers that have asked for a connection and not got it yet.
 func (t *tracer) waiting() int {
 	n := t.gate.count() // read first, so that a lease ending meanwhile cannot make a waiting caller of itself
-	for _, r := range t.records() {
-		if r.lease().leased {
-			n--
-		}
-	}
+	n -= len(t.uses())
 	t.mu.Lock()
 	n -= len(t.holds)
 	t.mu.Unlock()
@@ -448,74 +465,105 @@ func (t *tracer) waiting() int {
 
 // reconcile ends the leases of connections that were taken over with Hijack, for which pgx has no hook: they are their
 // caller's own and neither counted nor waited for. Left alone they would keep the gate's count up for ever and stay in the set.
+// It returns the others.
 //
 // A connection that is leased before and after the look, by the same lease, was acquired all the while: a lease begins after
 // pgxpool has marked the connection so and ends before it is unmarked. If the pool does not have it then, it was hijacked.
-func (t *tracer) reconcile() {
-	records := t.records()
-	suspects := make(map[*pgx.Conn]suspect, len(records))
-	for _, r := range records {
-		if number, ok := r.leaseNumber(); ok {
-			suspects[r.conn] = suspect{r, number}
+func (t *tracer) reconcile() []use {
+	uses := t.uses()
+	if len(uses) == 0 {
+		return nil
+	}
+	suspects := make(map[*pgx.Conn]int, len(uses)) // places in uses
+	for i, u := range uses {
+		suspects[u.record.conn] = i
+	}
+	acquired := make([]bool, len(uses))
+	left := len(uses)
+	strikeOut := func(status byte, conn *pgx.Conn) {
+		if i, ok := suspects[conn]; ok && status == statusAcquired && !acquired[i] {
+			acquired[i] = true
+			left--
 		}
 	}
 	switch {
-	case len(suspects) == 0:
-		return
-	case !strikeOut(suspects, t.pool, 64): // a few at a time: nobody who acquires is to wait for it
+	case !eachConnection(t.pool, aFew, strikeOut):
 		if t.pool.Stat().AcquiredConns() > 0 {
-			return // which of them cannot be told; the last to be released will leave only hijacked ones
+			return uses // which of them cannot be told; the last to be released will leave only hijacked ones
 		}
-	case len(suspects) > 0:
-		strikeOut(suspects, t.pool, math.MaxInt) // what is left may only have moved in the list between two looks
+	case left > 0:
+		eachConnection(t.pool, math.MaxInt, strikeOut) // what is left may only have moved in the list between two looks
 	}
-	for _, s := range suspects {
-		if s.record.hijacked(s.number) {
-			t.forget(s.record)
+	if left == 0 {
+		return uses
+	}
+	own := uses[:0]
+	for i, u := range uses {
+		switch {
+		case acquired[i]:
+			own = append(own, u)
+		case u.record.hijacked(u.number):
+			t.forget(u.record)
 			t.gate.leave()
 		}
 	}
+	return own
 }
 
-// suspect is a lease whose connection may have been hijacked.
-type suspect struct {
-	record *record
-	number uint32
-}
+// aFew is how many connections are looked at before puddle's lock is given back: nobody who acquires is to wait for a look.
+const aFew = 32
 
-// strikeOut takes those out of suspects whose connections are acquired from pool, or reports false if this version of pgxpool or
-// puddle keeps them elsewhere. No public call tells: Stat counts them, and while another connection is acquired a count cannot
-// tell it from a hijacked one. So this reads the list that Stat counts, under the lock that Stat takes, atOnce of them at a time.
-func strikeOut(suspects map[*pgx.Conn]suspect, pool *pgxpool.Pool, atOnce int) bool {
+// puddle's resourceStatus.
+const (
+	statusIdle     = 1
+	statusAcquired = 2
+)
+
+// eachConnection calls look with the status of each connection of pool, or reports false if this version of pgxpool or puddle keeps
+// them elsewhere. conn is nil if it is being made. It takes puddle's lock for atOnce of the connections at a time.
+//
+// No public call tells which connections are acquired: Stat counts them, and while another connection is acquired a count cannot
+// tell it from a hijacked one. So this reads the list that Stat counts, under the lock that Stat takes for the whole of it. What
+// can be done outside the lock is: who acquires meanwhile finds it free most of the time.
+func eachConnection(pool *pgxpool.Pool, atOnce int, look func(status byte, conn *pgx.Conn)) bool {
 	at, ok := puddlePlaces()
 	if !ok {
 		return false
 	}
-	const statusAcquired = 2 // puddle's resourceStatusAcquired
 	puddle := *(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(pool), at.pool))
 	mux := (*sync.Mutex)(unsafe.Add(puddle, at.mux))
 	all := (*[]unsafe.Pointer)(unsafe.Add(puddle, at.resources))
 
-	look := func(from int) (to int, more bool) {
+	type seen struct {
+		status byte
+		value  unsafe.Pointer // to what does not change any more
+	}
+	some := make([]seen, 0, min(atOnce, aFew))
+	for from, more := 0, true; more; from += len(some) {
+		some = some[:0]
 		mux.Lock()
-		defer mux.Unlock()
-		to = min(from+atOnce, len(*all))
+		to := min(from+atOnce, len(*all))
 		for i := from; i < to; i++ {
 			resource := (*all)[i]
-			if *(*byte)(unsafe.Add(resource, at.status)) == statusAcquired {
-				value := *(*unsafe.Pointer)(unsafe.Add(resource, at.value))
-				delete(suspects, *(**pgx.Conn)(unsafe.Add(value, at.conn)))
-			}
+			some = append(some, seen{
+				*(*byte)(unsafe.Add(resource, at.status)), *(*unsafe.Pointer)(unsafe.Add(resource, at.value)),
+			})
 		}
-		return to, to < len(*all)
-	}
-	for to, more := look(0); more; {
-		to, more = look(to)
+		more = to < len(*all)
+		mux.Unlock()
+
+		for _, s := range some {
+			var conn *pgx.Conn
+			if s.value != nil {
+				conn = *(**pgx.Conn)(unsafe.Add(s.value, at.conn))
+			}
+			look(s.status, conn)
+		}
 	}
 	return true
 }
 
-// places are the offsets of what acquiredConns reads.
+// places are the offsets of what eachConnection reads.
 type places struct {
 	pool           uintptr // in a pgxpool.Pool: the *puddle.Pool
 	mux, resources uintptr // in that: a sync.Mutex, and a slice of *puddle.Resource
@@ -773,16 +821,6 @@ func (r *record) lease() lease {
 	return r.current
 }
 
-// leaseNumber returns the number of the current lease, or false if there is none.
-func (r *record) leaseNumber() (number uint32, ok bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !r.watch() {
-		return 0, false
-	}
-	return r.current.number, true
-}
-
 // hijacked ends the lease of that number because its connection is not the pool's any more, or reports false if it has
 // ended by itself.
 func (r *record) hijacked(number uint32) bool {
@@ -825,13 +863,13 @@ func (r *record) attach(f *followed) bool {
 	return true
 }
 
-// operation describes the current lease, or returns false if there is none.
-func (r *record) operation(text queryTextFunc) (Operation, bool) {
+// operation describes the lease of that number; the operation has no State if that has ended.
+func (r *record) operation(number uint32, at look) Operation {
 	l := r.lease()
-	if !l.leased {
-		return Operation{}, false
+	if !l.leased || l.number != number {
+		return Operation{}
 	}
-	return l.operation(r.pid, text), true
+	return l.operation(r.pid, at)
 }
 
 // setTx takes up what the server says of the transaction after a statement that began at start.
@@ -892,29 +930,41 @@ func (l *lease) outcome() Outcome {
 	}
 }
 
-func (l *lease) operation(pid uint32, text queryTextFunc) Operation {
+// look is a moment at which operations are looked at, and what may be seen of their statements.
+type look struct {
+	wall  time.Time
+	clock time.Duration
+	text  queryTextFunc
+}
+
+func lookNow(text queryTextFunc) look {
 	wall := time.Now()
-	clock := wall.Sub(epoch)
-	at := func(d time.Duration) time.Time {
-		if d == 0 {
-			return time.Time{}
-		}
-		return wall.Add(d - clock)
+	return look{wall, wall.Sub(epoch), text}
+}
+
+// time is when the clock of now said d, zero for 0.
+func (at look) time(d time.Duration) time.Time {
+	if d == 0 {
+		return time.Time{}
 	}
-	shown := text(l.text(), l.parameterised)
+	return at.wall.Add(d - at.clock)
+}
+
+func (l *lease) operation(pid uint32, at look) Operation {
+	shown := at.text(l.text(), l.parameterised)
 	op := Operation{
 		PID:            pid,
 		State:          l.state(),
 		Statement:      shown.text,
 		summary:        shown.summary,
 		BatchSize:      int(l.batchSize),
-		AcquiredAt:     at(l.at),
-		StatementStart: at(l.statementStart),
-		Held:           clock - l.at,
+		AcquiredAt:     at.time(l.at),
+		StatementStart: at.time(l.statementStart),
+		Held:           max(0, at.clock-l.at), // it may have begun since
 		SpanContext:    acquirer(l.ctx),
 	}
 	if l.tx != 'I' {
-		op.TransactionStart = at(l.transactionStart)
+		op.TransactionStart = at.time(l.transactionStart)
 	}
 	return op
 }

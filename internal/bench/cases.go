@@ -29,7 +29,8 @@ func Cases() []Case {
 		cases = append(cases, drainEnd(conns))
 	}
 	cases = append(cases, refusal(1), refusal(512))
-	cases = append(cases, look("Active()", func(p *pgxdrain.Pool) { p.Active() })...)
+	cases = append(cases, look("Active()", activeOnce)...)
+	cases = append(cases, look("a metrics read", collectOnce)...)
 	return append(cases, memory)
 }
 

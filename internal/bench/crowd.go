@@ -13,6 +13,8 @@ import (
 
 	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
 	"github.com/pgxdrain/pgxdrain"
 )
@@ -64,12 +66,12 @@ func answer(conn net.Conn) {
 
 // crowd is a pool with so many operations in progress, half of them in a transaction, and room for a few more. The connections were
 // acquired in another order than they were made in, as after a while they are.
-func crowd(ctx context.Context, operations int) (_ *pgxdrain.Pool, disperse func() error, _ error) {
+func crowd(ctx context.Context, operations int, opts ...pgxdrain.Option) (_ *pgxdrain.Pool, disperse func() error, _ error) {
 	config, err := crowdConfig(operations + 10)
 	if err != nil {
 		return nil, nil, err
 	}
-	pool, err := pgxdrain.NewWithConfig(ctx, config, silent)
+	pool, err := pgxdrain.NewWithConfig(ctx, config, append(opts, silent)...)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -115,11 +117,28 @@ func crowd(ctx context.Context, operations int) (_ *pgxdrain.Pool, disperse func
 	return pool, disperse, nil
 }
 
+// activeOnce is a look at all operations by Active.
+func activeOnce() (do func(*pgxdrain.Pool), _ pgxdrain.Option) {
+	return func(p *pgxdrain.Pool) { p.Active() }, silent
+}
+
+// collectOnce is a look at all operations by a reader of metrics.
+func collectOnce() (do func(*pgxdrain.Pool), _ pgxdrain.Option) {
+	reader := metric.NewManualReader()
+	var collected metricdata.ResourceMetrics
+	return func(*pgxdrain.Pool) {
+		if err := reader.Collect(context.Background(), &collected); err != nil || len(collected.ScopeMetrics) != 1 {
+			panic(fmt.Sprintf("collected %d scopes: %v", len(collected.ScopeMetrics), err))
+		}
+	}, pgxdrain.WithMeterProvider(metric.NewMeterProvider(metric.WithReader(reader)))
+}
+
 // look is something that looks at all operations: how long it takes, and how long those who acquire wait meanwhile.
-func look(name string, do func(*pgxdrain.Pool)) []Case {
+func look(name string, once func() (do func(*pgxdrain.Pool), _ pgxdrain.Option)) []Case {
 	cases := []Case{{name + " over " + count(crowded, "operation"), [2]string{"", "pgxdrain"}, 0.5, "≤ 5 ms",
 		func(ctx context.Context, _ string) (*Pair, error) {
-			pool, disperse, err := crowd(ctx, crowded)
+			do, option := once()
+			pool, disperse, err := crowd(ctx, crowded, option)
 			if err != nil {
 				return nil, err
 			}
@@ -136,7 +155,8 @@ func look(name string, do func(*pgxdrain.Pool)) []Case {
 			fmt.Sprintf("%s beside %s over %s: %s", AcquireRelease.Name, name, count(crowded, "operation"), quantile.name),
 			[2]string{"alone", "beside"}, 0.5, "≤ 10 µs more",
 			func(ctx context.Context, _ string) (*Pair, error) {
-				pool, disperse, err := crowd(ctx, crowded)
+				do, option := once()
+				pool, disperse, err := crowd(ctx, crowded, option)
 				if err != nil {
 					return nil, err
 				}
