@@ -129,3 +129,41 @@ func TestStress_EveryContextThatWaitsIsFreed(t *testing.T) {
 		}
 	}
 }
+
+func TestQueueHasThoseThatHaveEnteredAndNotLeft(t *testing.T) {
+	t.Parallel()
+	for name, leaving := range map[string][]int{
+		"none":                       {},
+		"the first":                  {3},
+		"the last":                   {0},
+		"one in the middle":          {1},
+		"two in the middle":          {2, 1},
+		"two in the middle, turned":  {1, 2},
+		"from the middle to the end": {2, 1, 0},
+		"all but one":                {0, 2, 3},
+		"all":                        {1, 3, 0, 2},
+		"one twice":                  {2, 2},
+	} {
+		var q queue
+		var waiting [4]*endableContext
+		for i := range waiting {
+			waiting[i] = &endableContext{Context: t.Context(), queue: &q}
+			asPuddleWaits(waiting[i])
+		}
+		left := make(map[int]bool)
+		for _, i := range leaving {
+			q.leave(waiting[i])
+			left[i] = true
+		}
+		q.free()
+		for i, c := range waiting {
+			if freed := context.Cause(c) == ErrShuttingDown; freed == left[i] {
+				t.Errorf("%s leaves: number %d, freed: %v", name, i, freed)
+			}
+			q.leave(c)
+		}
+		if q.first != nil {
+			t.Errorf("%s leaves first: one is left in the end", name)
+		}
+	}
+}

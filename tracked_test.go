@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/pgxdrain/pgxdrain"
+	"github.com/pgxdrain/pgxdrain/internal/bench"
 	"github.com/pgxdrain/pgxdrain/internal/pgtest"
 )
 
@@ -612,4 +614,54 @@ func TestCommitIsRecognisedWhateverComesBeforeIt(t *testing.T) {
 			t.Errorf("%.40q: got %v", sql, got)
 		}
 	}
+}
+
+// pgxpool's list is looked at in parts. Where a connection is destroyed the last of the list takes its place, perhaps before the part
+// that is looked at next.
+func TestStress_ConnectionsThatMoveInTheListAreNotTakenForHijacked(t *testing.T) {
+	t.Parallel()
+	const held, coming = 60, 60
+	pool := must[*pgxdrain.Pool](t)(pgxdrain.NewWithConfig(t.Context(), must[*pgxpool.Config](t)(bench.Nowhere(held+coming)), silent))
+	defer pool.Close()
+	var conns []*pgxpool.Conn
+	for range held + coming {
+		conns = append(conns, acquire(t, pool))
+	}
+	for i, c := range conns {
+		if i%2 == 0 {
+			defer c.Release()
+		} else {
+			c.Conn().Close(t.Context())
+			c.Release()
+		}
+	}
+	stop := make(chan struct{})
+	var churning sync.WaitGroup
+	for range 2 {
+		churning.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				var some []*pgxpool.Conn
+				for range coming / 2 {
+					some = append(some, acquire(t, pool))
+				}
+				for _, c := range some {
+					c.Conn().Close(t.Context())
+					c.Release()
+				}
+			}
+		})
+	}
+	for range 2000 {
+		if n := len(pool.Active()); n < held {
+			t.Errorf("%d of at least %d operations", n, held)
+			break
+		}
+	}
+	close(stop)
+	churning.Wait()
 }

@@ -25,8 +25,8 @@ import (
 // crowded is how many operations are in progress when a look at all of them is measured.
 const crowded = 10_000
 
-// crowdConfig is that of a pool of so many connections that lead nowhere.
-func crowdConfig(conns int) (*pgxpool.Config, error) {
+// Nowhere is the config of a pool of so many connections that lead to no server.
+func Nowhere(conns int) (*pgxpool.Config, error) {
 	config, err := pgxpool.ParseConfig("host=nowhere user=nobody sslmode=disable default_query_exec_mode=simple_protocol")
 	if err != nil {
 		return nil, err
@@ -67,7 +67,7 @@ func answer(conn net.Conn) {
 // crowd is a pool with so many operations in progress, half of them in a transaction, and room for a few more. The connections were
 // acquired in another order than they were made in, as after a while they are.
 func crowd(ctx context.Context, operations int, opts ...pgxdrain.Option) (_ *pgxdrain.Pool, disperse func() error, _ error) {
-	config, err := crowdConfig(operations + 10)
+	config, err := Nowhere(operations + 10)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -208,7 +208,7 @@ func waits(ctx context.Context, pool *pgxpool.Pool, quantile float64) (Figures, 
 // it and while it is held: then a pool knows the most of it.
 var memory = Case{"heap per connection", Ours, 0.05, "≤ 256 B more", func(ctx context.Context, _ string) (*Pair, error) {
 	const conns = 1000
-	config, err := crowdConfig(conns)
+	config, err := Nowhere(conns)
 	if err != nil {
 		return nil, err
 	}
