@@ -6,6 +6,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"pgregory.net/rapid"
 
 	"github.com/pgxdrain/pgxdrain/internal/pgtest"
@@ -169,4 +171,68 @@ func TestLeaseThatEndsAsTheGateClosesIsReported(t *testing.T) {
 	if f := pool.shutdown.followed; in != 1 || left != 0 || len(f) != 1 || f[0].op.Outcome != OutcomeDrained {
 		t.Errorf("%d in, %d left; noted: %+v", in, left, f)
 	}
+}
+
+// BenchmarkHooks is what the hooks of an acquisition and its release take by themselves, and the parts of it that docs/benchmarks.md
+// names.
+func BenchmarkHooks(b *testing.B) {
+	pool, err := New(b.Context(), pgtest.Database(b))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer pool.Close()
+	held, err := pool.Acquire(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer held.Release()
+	t, conn := pool.tracer, held.Conn()
+	r := t.record(conn)
+	r.release() // the connection stays ours
+	defer func() {
+		t.gate.enter()
+		t.acquired(b.Context(), conn)
+	}()
+
+	b.Run("all", func(b *testing.B) {
+		ctx := context.Background()
+		for b.Loop() {
+			ctx := t.TraceAcquireStart(ctx, pool.Pool, pgxpool.TraceAcquireStartData{})
+			t.TraceAcquireEnd(ctx, pool.Pool, pgxpool.TraceAcquireEndData{Conn: conn})
+			t.TraceRelease(pool.Pool, pgxpool.TraceReleaseData{Conn: conn})
+		}
+	})
+	b.Run("of a statement besides", func(b *testing.B) {
+		t.gate.enter()
+		t.acquired(b.Context(), conn)
+		defer t.TraceRelease(pool.Pool, pgxpool.TraceReleaseData{Conn: conn})
+		ctx := context.Background()
+		for b.Loop() {
+			ctx := t.TraceQueryStart(ctx, conn, pgx.TraceQueryStartData{SQL: "select 1"})
+			t.TraceQueryEnd(ctx, conn, pgx.TraceQueryEndData{})
+		}
+	})
+	b.Run("clock", func(b *testing.B) {
+		for b.Loop() {
+			now()
+		}
+	})
+	b.Run("gate", func(b *testing.B) {
+		for b.Loop() {
+			t.gate.enter()
+			t.gate.leaveOpen()
+		}
+	})
+	b.Run("look-up", func(b *testing.B) {
+		for b.Loop() {
+			t.record(conn)
+			t.record(conn)
+		}
+	})
+	b.Run("phase", func(b *testing.B) {
+		for b.Loop() {
+			r.phase.Store(leased)
+			r.phase.CompareAndSwap(leased, free)
+		}
+	})
 }
