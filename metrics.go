@@ -118,7 +118,7 @@ func (t *tracer) longestHeld(uses []use) time.Duration {
 // recordShutdown records a shutdown from its final report, and observes the pool no more. It may hang as long as a reader's
 // collection does.
 func (m *metrics) recordShutdown(ctx context.Context, r *Report, err error) {
-	if m.duration.Enabled(ctx) { // with a provider that records nothing there is no need to put it together
+	if m.operations.Enabled(ctx) || m.refused.Enabled(ctx) || m.duration.Enabled(ctx) { // else nobody wants what record puts together
 		m.record(ctx, r, err)
 	}
 	if m.observing != nil {

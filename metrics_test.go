@@ -3,6 +3,7 @@ package pgxdrain_test
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -144,5 +145,29 @@ func TestMetricsOfAShutdownAreThereWhenItReturnsAndThePoolIsNotObservedAnyMore(t
 	}
 	if got := read(t, reader); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// A view may drop any of the instruments without losing the others.
+func TestMetricsThatAreDroppedTakeNoOtherWithThem(t *testing.T) {
+	t.Parallel()
+	for _, dropped := range []string{"pgxdrain.shutdown.duration", "pgxdrain.operations", "pgxdrain.refused"} {
+		reader := sdkmetric.NewManualReader()
+		provider := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader), sdkmetric.WithView(
+			sdkmetric.NewView(sdkmetric.Instrument{Name: dropped}, sdkmetric.Stream{Aggregation: sdkmetric.AggregationDrop{}})))
+		pool := newPool(t, "pool_name=orders", pgxdrain.WithMeterProvider(provider))
+		if err := pool.Shutdown(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		seen := make(map[string]bool)
+		for key := range read(t, reader) {
+			name, _, _ := strings.Cut(key, "{")
+			seen[name] = true
+		}
+		for _, name := range []string{"pgxdrain.shutdown.duration", "pgxdrain.operations", "pgxdrain.refused"} {
+			if seen[name] == (name == dropped) {
+				t.Errorf("%s dropped; %s seen: %v", dropped, name, seen[name])
+			}
+		}
 	}
 }

@@ -524,7 +524,7 @@ const (
 //
 // No public call tells which connections are acquired: Stat counts them, and while another connection is acquired a count cannot
 // tell it from a hijacked one. So this reads the list that Stat counts, under the lock that Stat takes for the whole of it. What
-// can be done outside the lock is: who acquires meanwhile finds it free most of the time.
+// can be done outside the lock is: who took it again at once would starve those who acquire meanwhile.
 func eachConnection(pool *pgxpool.Pool, atOnce int, look func(status byte, conn *pgx.Conn)) bool {
 	at, ok := puddlePlaces()
 	if !ok {
