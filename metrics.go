@@ -85,7 +85,8 @@ func (m *metrics) observe(_ context.Context, o metric.Observer) error {
 	return nil
 }
 
-// connectionCounts is what pgxpool's Stat tells, which holds up acquisitions for as long as it takes to count all connections.
+// connectionCounts counts as pgxpool's Stat does, which holds up acquisitions for as long as it takes to count all connections. In
+// exchange, a connection that comes, goes or moves in pgxpool's list meanwhile may be counted twice or not at all.
 func connectionCounts(pool *pgxpool.Pool) (used, idle int64) {
 	counted := eachConnection(pool, aFew, func(status byte, _ *pgx.Conn) {
 		switch status {

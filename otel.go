@@ -82,7 +82,7 @@ func traceShutdown(ctx context.Context, s *settings, r *Report, err error) {
 			attribute.Int("pgxdrain.leaked", r.Leaked),
 		))
 	defer span.End(trace.WithTimestamp(end))
-	if !span.IsRecording() { // then nothing below it is, and there is no need to put it together
+	if !span.IsRecording() && !span.SpanContext().IsValid() { // there is no SDK, and nobody to put the rest together for
 		return
 	}
 	if err != nil {

@@ -67,7 +67,7 @@ func (t *tracer) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 
 		ctx, stop := context.WithCancel(ctx)
 		s := &socket{attempt: a, stop: stop}
-		s.record.tracer, s.record.socket = t, s
+		s.record.tracer, s.record.socket, s.record.index = t, s, -1
 		if !t.own(s) {
 			stop()
 			return nil, errNotConnected
@@ -172,10 +172,8 @@ func (s *socket) severedError() error {
 }
 
 func (s *socket) Close() error {
-	s.closed.Store(true) // first: whoever ends the lease looks at it afterwards
-	if r := &s.record; r.phase.Load() == free {
-		r.tracer.forget(r)
-	}
+	s.closed.Store(true) // first: whoever begins or ends a lease looks at it afterwards
+	s.record.tracer.forgetUnleased(&s.record)
 	s.endDial()
 	s.record.awaitCancel()
 	if s.severed.Load() {

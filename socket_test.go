@@ -36,7 +36,7 @@ func TestPgconnsOwnCancelRequestGoesOutOnlyForAStatementThatWasGivenUp(t *testin
 		}, false},
 		"just held": {func(_ *pgxpool.Conn, r *record) { r.sever(true) }, true},
 		"cut off": {func(_ *pgxpool.Conn, r *record) {
-			r.statementStarts(statement{kind: query, sql: "commit"})
+			r.statementStarts(r.conn.PgConn(), statement{kind: query, sql: "commit"})
 			r.sever(false)
 		}, true},
 	} {

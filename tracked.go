@@ -129,8 +129,8 @@ func (g *gate) count() int { return int(g.word.Load() &^ gateClosed) }
 // tracer sees a pool from inside, through pgx's hooks: it refuses and counts acquisitions at the gate and keeps a record of
 // each connection. It is set as the ConnConfig.Tracer of the pool's own config.
 //
-// A connection of another pool reaches these hooks too if that pool was made from the raw pool's Config. It has no record
-// and its acquisitions are not of our pool, so all of them pass it by.
+// A connection of another pool reaches these hooks too if that pool was made from the raw pool's Config. Its record is never
+// leased and its acquisitions are not of our pool, so all of them pass it by.
 type tracer struct {
 	pool     *pgxpool.Pool
 	maxConns int
@@ -144,7 +144,7 @@ type tracer struct {
 	queue queue // of those that wait for a connection
 
 	mu      sync.Mutex
-	set     []*record // of the pool's connections, from the dial to the close; changes when one comes or goes
+	set     []*record // of connections, from the dial to the close; changes when one comes or goes
 	holds   map[*hold]struct{}
 	severed bool // no connection is made any more
 }
@@ -224,10 +224,9 @@ func (t *tracer) TraceAcquireStart(ctx context.Context, pool *pgxpool.Pool, _ pg
 			return refusedContext{ctx, t}
 		}
 	}
-	held := int(t.held.Load())
-	underHold := held > 0 && t.acquiresUnderHold(ctx, 1)
+	underHold := t.held.Load() > 0 && t.acquiresUnderHold(ctx, 1)
 	switch {
-	case in > t.maxConns+held:
+	case in > t.maxConns: // it may have to wait; units of work are among those in, but how many cannot be told of the same moment
 		return &endableContext{Context: ctx, by: t, queue: &t.queue}
 	case underHold:
 		return &endableContext{Context: ctx, by: t}
@@ -384,13 +383,13 @@ func (t *tracer) acquired(ctx context.Context, conn *pgx.Conn) {
 
 func (t *tracer) statementStarts(conn *pgx.Conn, s statement) {
 	if r := t.record(conn); r != nil {
-		r.statementStarts(s)
+		r.statementStarts(conn.PgConn(), s)
 	}
 }
 
 func (t *tracer) statementEnds(conn *pgx.Conn, kind statementKind, err error) {
 	if r := t.record(conn); r != nil {
-		r.statementEnds(kind, err)
+		r.statementEnds(conn.PgConn(), kind, err)
 	}
 }
 
@@ -414,6 +413,20 @@ func (t *tracer) keep(r *record) {
 func (t *tracer) forget(r *record) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.remove(r)
+}
+
+// forgetUnleased is forget, unless somebody has acquired the connection: then it is forgotten after the release.
+func (t *tracer) forgetUnleased(r *record) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if r.phase.Load() == free {
+		t.remove(r)
+	}
+}
+
+// remove is for forget and forgetUnleased. Caller of this method must hold t.mu!
+func (t *tracer) remove(r *record) {
 	if r.index < 0 {
 		return
 	}
@@ -713,15 +726,27 @@ func (r *record) acquired(ctx context.Context) {
 		l.transactionStart = l.at
 	}
 	r.phase.Store(leased)
-	if r.socket != nil && r.socket.severed.Load() { // by severUnleased, just before
-		r.cutJustBefore()
+	if s := r.socket; s != nil && (s.severed.Load() || s.closed.Load()) {
+		r.goneBefore()
 	}
 }
 
-func (r *record) cutJustBefore() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.cutNow()
+// goneBefore is for a lease of a connection that was severed just before, by severUnleased, or that was closed, which one of the
+// user's hooks may not have noticed.
+func (r *record) goneBefore() {
+	if r.socket.closed.Load() {
+		t := r.tracer
+		t.mu.Lock()
+		if r.index < 0 {
+			t.keep(r)
+		}
+		t.mu.Unlock()
+	}
+	if r.socket.severed.Load() {
+		r.mu.Lock()
+		r.cutNow()
+		r.mu.Unlock()
+	}
 }
 
 // cutNow notes that the socket of the current lease, if there is one, is severed. Caller of this method must hold r.mu!
@@ -766,8 +791,8 @@ func (r *record) release() {
 	t.gate.leave()
 }
 
-func (r *record) statementStarts(s statement) {
-	if r.conn.PgConn().IsBusy() {
+func (r *record) statementStarts(pgConn *pgconn.PgConn, s statement) {
+	if pgConn.IsBusy() {
 		return // pgx is about to refuse it ("conn busy"): the rows of the one in progress are still open
 	}
 	at := now()
@@ -789,8 +814,7 @@ func (r *record) statementStarts(s statement) {
 	r.mu.Unlock()
 }
 
-func (r *record) statementEnds(kind statementKind, err error) {
-	pgConn := r.conn.PgConn()
+func (r *record) statementEnds(pgConn *pgconn.PgConn, kind statementKind, err error) {
 	if pgConn.IsBusy() {
 		return // the end of one that was refused
 	}

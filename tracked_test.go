@@ -665,3 +665,63 @@ func TestStress_ConnectionsThatMoveInTheListAreNotTakenForHijacked(t *testing.T)
 	close(stop)
 	churning.Wait()
 }
+
+// connectHook is a tracer of a user's that runs a statement as soon as a connection has been made.
+type connectHook struct{ err error }
+
+func (*connectHook) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return ctx
+}
+func (*connectHook) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+func (*connectHook) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
+	return ctx
+}
+func (h *connectHook) TraceConnectEnd(ctx context.Context, data pgx.TraceConnectEndData) {
+	if data.Conn != nil {
+		_, h.err = data.Conn.Exec(ctx, "set application_name = 'hooked'")
+	}
+}
+
+func TestStatementOfATracerAtTheEndOfConnectingPassesByTheRecord(t *testing.T) {
+	t.Parallel()
+	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(pgtest.Database(t)))
+	hook := &connectHook{}
+	config.ConnConfig.Tracer = hook
+	pool := newPoolWithConfig(t, config)
+	conn := acquire(t, pool)
+	defer conn.Release()
+	var name string
+	if err := conn.QueryRow(t.Context(), "show application_name").Scan(&name); err != nil || name != "hooked" || hook.err != nil {
+		t.Errorf("got %q, %v; in the hook %v", name, err, hook.err)
+	}
+	if ops := pool.Active(); len(ops) != 1 || ops[0].Statement != "show application_name" {
+		t.Errorf("got %+v", ops)
+	}
+}
+
+// A statement of a hook may have lost the connection without the hook's noticing.
+func TestConnectionThatWasClosedBeforeItWasAcquiredIsActiveUntilItIsReleased(t *testing.T) {
+	t.Parallel()
+	config := must[*pgxpool.Config](t)(pgxpool.ParseConfig(pgtest.Database(t)))
+	config.PrepareConn = func(ctx context.Context, conn *pgx.Conn) (bool, error) {
+		conn.Exec(ctx, "select pg_terminate_backend(pg_backend_pid())")
+		return true, nil
+	}
+	pool := newPoolWithConfig(t, config, pgxdrain.WithDrainTimeout(500*time.Millisecond))
+	for range 3 {
+		conn := acquire(t, pool)
+		if ops, r := pool.Active(), pool.Report(); len(ops) != 1 || r.Waiting != 0 {
+			t.Errorf("%d operations active, want 1; %d waiting", len(ops), r.Waiting)
+		}
+		conn.Release()
+		if n := len(pool.Active()); n != 0 {
+			t.Errorf("%d operations active after the release", n)
+		}
+	}
+	conn := acquire(t, pool)
+	err := pool.Shutdown(t.Context())
+	conn.Release()
+	if r := pool.Report(); err == nil || r.Active != 1 || r.Leaked != 1 {
+		t.Errorf("got %v, %s", err, brief(r))
+	}
+}
