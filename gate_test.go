@@ -153,9 +153,9 @@ func TestFinalReportIsWholeThoughTheStepsAreLate(t *testing.T) {
 	}
 }
 
-// The gate closes between a release and the shutdown's coming to that lease.
-func TestLeaseThatEndsAsTheGateClosesIsReported(t *testing.T) {
-	t.Parallel()
+// openAndAcquire makes a pool of a database of the test's own, and acquires a connection of it.
+func openAndAcquire(t *testing.T) (*Pool, *pgxpool.Conn) {
+	t.Helper()
 	pool, err := New(t.Context(), pgtest.Database(t))
 	if err != nil {
 		t.Fatal(err)
@@ -164,6 +164,13 @@ func TestLeaseThatEndsAsTheGateClosesIsReported(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return pool, conn
+}
+
+// The gate closes between a release and the shutdown's coming to that lease.
+func TestLeaseThatEndsAsTheGateClosesIsReported(t *testing.T) {
+	t.Parallel()
+	pool, conn := openAndAcquire(t)
 	in := pool.tracer.gate.close()
 	conn.Release()
 	left := pool.tracer.gate.count()

@@ -160,14 +160,10 @@ func (p *Pool) Active() []Operation { return p.operations(p.tracer.reconcile()) 
 
 // operations describes uses and the units of work of this moment, the longest held first.
 //
-// The uses are sorted first, because an Operation is 216 bytes to move about and to give to a comparison, but described in the
-// order of the set, which is that of the memory: each of the two took half the time of a look at 10,000.
+// The uses are sorted first, because an Operation is large to move about, but described in the order of the set, which is nearer
+// to that of the memory.
 func (p *Pool) operations(uses []use) []Operation {
-	order := make([]int32, len(uses))
-	for i := range order {
-		order[i] = int32(i)
-	}
-	slices.SortFunc(order, func(a, b int32) int {
+	sorted := order(len(uses), func(a, b int32) int {
 		ua, ub := &uses[a], &uses[b]
 		if ua.at != ub.at {
 			return cmp.Compare(ua.at, ub.at)
@@ -175,7 +171,7 @@ func (p *Pool) operations(uses []use) []Operation {
 		return cmp.Compare(ua.record.pid, ub.record.pid)
 	})
 	place := make([]int32, len(uses)) // among the operations
-	for i, u := range order {
+	for i, u := range sorted {
 		place[u] = int32(i)
 	}
 
@@ -195,11 +191,25 @@ func (p *Pool) operations(uses []use) []Operation {
 	return longestHeldFirst(ops)
 }
 
+// longestHeldFirst returns ops sorted.
 func longestHeldFirst(ops []Operation) []Operation {
-	slices.SortFunc(ops, func(a, b Operation) int {
-		return cmp.Or(a.AcquiredAt.Compare(b.AcquiredAt), cmp.Compare(a.PID, b.PID))
-	})
-	return ops
+	sorted := make([]Operation, 0, len(ops))
+	for _, i := range order(len(ops), func(a, b int32) int {
+		return cmp.Or(ops[a].AcquiredAt.Compare(ops[b].AcquiredAt), cmp.Compare(ops[a].PID, ops[b].PID))
+	}) {
+		sorted = append(sorted, ops[i])
+	}
+	return sorted
+}
+
+// order returns the places of n things, sorted by what compare says of them: so what is large need not be moved to be sorted.
+func order(n int, compare func(a, b int32) int) []int32 {
+	places := make([]int32, n)
+	for i := range places {
+		places[i] = int32(i)
+	}
+	slices.SortFunc(places, compare)
+	return places
 }
 
 // Draining returns a channel that is closed when Shutdown or Close is called: before the gate closes, while the initial

@@ -99,6 +99,8 @@ type stepTaken struct {
 	remaining   int // operations that had not ended
 	waiting     int // callers waiting for a connection
 	connections int // of the pool, also those that were being made
+
+	left time.Duration // to the deadline
 }
 
 // Remaining returns the operations that have not ended yet, and of a final report the stragglers: all that did not drain.
@@ -828,17 +830,16 @@ func (s *shutdown) tell(f func(*slog.Logger)) {
 // found completes what a step that begins has found, and notes it.
 func (s *shutdown) found(step stepTaken) stepTaken {
 	r := s.report()
-	step.remaining = len(r.Remaining())
+	step.remaining, step.left = len(r.Remaining()), r.left()
 	step.connections = int(s.pool.Stat().TotalConns())
 	s.note(func(r *Report) { r.steps = append(r.steps, step) })
 	return step
 }
 
 func (s *shutdown) tellStep(step stepTaken, level slog.Level, message string) {
-	r := s.report()
 	s.tell(func(log *slog.Logger) {
 		log.Log(s.ctx, level, message, "step", step.name, "remaining", step.remaining, "waiting", step.waiting,
-			"connections", step.connections, "left", r.left())
+			"connections", step.connections, "left", step.left)
 	})
 }
 

@@ -62,20 +62,14 @@ func TestPgconnsOwnCancelRequestGoesOutOnlyForAStatementThatWasGivenUp(t *testin
 // The cancel step severs an idle connection just before somebody acquires it.
 func TestConnectionSeveredJustBeforeItIsAcquiredIsReportedAsSevered(t *testing.T) {
 	t.Parallel()
-	pool, err := New(t.Context(), pgtest.Database(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := pool.Acquire(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	pool, conn := openAndAcquire(t)
 	r := pool.tracer.record(conn.Conn())
 	conn.Release()
 	if !r.severUnleased() {
 		t.Error("it is idle, and was not severed")
 	}
-	if conn, err = pool.Acquire(t.Context()); err != nil {
+	conn, err := pool.Acquire(t.Context())
+	if err != nil {
 		t.Fatal(err)
 	}
 	if got := r.lease().cut; got != cutSevered {

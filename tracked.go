@@ -136,7 +136,7 @@ type tracer struct {
 	maxConns int
 	gate     gate
 	refused  atomic.Int64
-	held     atomic.Int64 // units of work; at no moment more than have entered the gate
+	held     atomic.Int64 // units of work
 
 	shutdown *shutdown     // is told of leases that begin or end while the gate is closed
 	leaks    *leakDetector // nil: off
